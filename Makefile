@@ -1,0 +1,65 @@
+# One command each; everything is made on first use. See README.md.
+
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
+	$$p -c 'import ensurepip, venv, sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	2>/dev/null && command -v $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+KERNELS := $(wildcard kernels/*.pyx kernels/*.pxd kernels/*.h)
+
+export ORT_DISABLE_TELEMETRY := 1
+
+.PHONY: help demo test lint types unit bench build build-debug clean
+
+help:  ## Show this list.
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.demo  ## Serve the bundled digits and classify them over HTTP, until Ctrl-C.
+	@$(BIN)/gateway demo
+
+test: lint types unit  ## Build, lint, check types, run every test.
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+unit: build build-debug
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: build  ## Run the benchmarks; tables go to benchmarks/results/.
+	$(BIN)/python benchmarks/latency.py
+	$(BIN)/python benchmarks/saturation.py
+
+build: $(VENV)/.dev $(VENV)/.kernels  ## Build the kernels in place.
+
+build-debug: $(VENV)/.kernels-debug
+
+clean:  ## Remove everything that was made.
+	rm -rf $(VENV) build dist *.egg-info gateway/_kernels/*.so
+
+$(VENV)/bin/python:
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 with venv is needed" >&2; exit 1; }
+	@echo "making the environment in $(VENV) with $(PYTHON)"
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml setup.py $(KERNELS) | $(VENV)/bin/python
+	@echo "installing the gateway and building its kernels (a minute or two)"
+	$(BIN)/python -m pip install --quiet --editable '.[cpu]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml setup.py | $(VENV)/bin/python
+	@echo "installing the gateway and its development tools (a minute or two)"
+	$(BIN)/python -m pip install --quiet --editable '.[cpu,dev]'
+	@touch $@ $(VENV)/.demo
+
+$(VENV)/.kernels: setup.py $(KERNELS) | $(VENV)/.dev
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	@touch $@
+
+$(VENV)/.kernels-debug: setup.py $(KERNELS) | $(VENV)/.dev
+	GATEWAY_CYTHON_DEBUG=1 $(BIN)/python setup.py --quiet build_ext \
+		--build-lib build/debug --build-temp build/debug-temp
+	@touch $@

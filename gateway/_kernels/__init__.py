@@ -1,0 +1,1 @@
+"""The compiled kernels (sources in ``kernels/``): ring, pack, decode."""

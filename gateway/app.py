@@ -1,0 +1,58 @@
+"""Composition: from settings to a running server."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from contextlib import ExitStack
+
+import uvloop
+
+from gateway.control import repository
+from gateway.control.supervisor import Supervisor, bind
+from gateway.errors import ConfigurationError
+from gateway.settings import ServerSettings
+from gateway.telemetry import logs
+
+
+def serve(settings: ServerSettings) -> None:
+    """Serve until SIGTERM or SIGINT.
+
+    Raises:
+        ConfigurationError: what is wrong with settings, repository, ports or installation.
+        LoadError: a version cannot be loaded at start.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    logs.configure(settings.log_level, settings.log_format)
+    check_runtime()
+    models = repository.scan(settings.model_repository)
+    if not any(model.versions for model in models):
+        raise ConfigurationError(
+            "the model repository has no model: expected <model>/<version>/model.onnx in it"
+        )
+    with ExitStack() as stack:
+        data = stack.enter_context(_listen(settings.host, settings.port, "port"))
+        metrics = stack.enter_context(_listen(settings.host, settings.metrics_port, "metrics_port"))
+
+        async def run() -> None:
+            await Supervisor(settings, models, data, metrics).run()
+
+        uvloop.run(run())
+
+
+def check_runtime() -> None:
+    """ConfigurationError unless ONNX Runtime is there; it is not imported here, workers do."""
+    if importlib.util.find_spec("onnxruntime") is None:
+        raise ConfigurationError(
+            "ONNX Runtime is not installed: pip install 'inference-gateway[cpu]', or [gpu] for NVIDIA"
+        )
+
+
+def _listen(host: str, port: int, setting: str) -> socket.socket:
+    try:
+        return bind(host, port)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{setting}: cannot listen on {host}:{port}: {error.strerror or error}"
+        ) from None

@@ -1,0 +1,22 @@
+"""Time, in one place so that policies and queues can be tested with a clock that stands still.
+
+Intervals and deadlines are monotonic nanoseconds (``CLOCK_MONOTONIC``, the same in every process of
+the machine, which is what lets a worker judge the age of a row that a front end stamped). The wall
+clock is only for what people read.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+NS_PER_US = 1_000
+NS_PER_MS = 1_000_000
+NS_PER_S = 1_000_000_000
+
+monotonic_ns: Callable[[], int] = time.monotonic_ns
+
+
+def wall_ms() -> int:
+    """Milliseconds since the epoch, for statistics that people read."""
+    return time.time_ns() // NS_PER_MS

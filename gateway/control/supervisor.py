@@ -1,0 +1,309 @@
+"""The supervisor: what is served, by which processes, and what happens when one ends.
+
+It is on no request's path. Front ends and workers talk to each other over shared memory and channels of
+their own; the supervisor makes those pairs, tells the front end what is ready, and starts anew what died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+from collections.abc import Iterable
+
+from gateway.clock import NS_PER_MS
+from gateway.control.process import Child
+from gateway.control.repository import ModelEntry, choose, routed_version
+from gateway.control.version import (
+    BACKOFF_S,
+    Seat,
+    VersionObserver,
+    VersionSupervision,
+    describe_exit,
+)
+from gateway.errors import LoadError
+from gateway.serving.channel import Channel, Message
+from gateway.serving.options import FrontendOptions
+from gateway.serving.routes import VersionState
+from gateway.settings import Latest, ServerSettings, Specific
+
+log = logging.getLogger("gateway.supervisor")
+
+WATCH_INTERVAL_S = 1.0
+"""How often workers are looked at for runs that take too long; the only timer of an idle server."""
+
+KILL_MARGIN_S = 5.0
+"""What children get beyond drain_timeout_s before they are killed."""
+
+
+class Supervisor:
+    """Runs the server until a signal, or until it cannot start.
+
+    Args:
+        settings: the server's.
+        models: what to serve.
+        data: bound socket of the data port.
+        metrics: bound socket of the metrics port.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        models: Iterable[ModelEntry],
+        data: socket.socket,
+        metrics: socket.socket,
+    ) -> None:
+        self._settings = settings
+        self._models = list(models)
+        self._sockets = (data, metrics)
+        self._frontend: Child | None = None
+        self._frontend_deaths = 0
+        self._versions: dict[tuple[str, int], VersionSupervision] = {}
+        self._stopping = False
+        self._stopped = asyncio.Event()
+        self._started = asyncio.Event()
+        self._load_error: LoadError | None = None
+
+    async def run(self) -> None:
+        """Start everything, serve until SIGTERM or SIGINT, drain, and leave no process behind.
+
+        Raises:
+            LoadError: a version cannot be loaded at start and ``exit_on_error`` is set.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+        observer = VersionObserver(
+            self._on_state, self._on_worker, self._on_worker_exit, self._on_stopped
+        )
+        for model in self._models:
+            for entry in choose(model):
+                self._versions[(model.name, entry.version)] = VersionSupervision(
+                    model.name, entry, model.settings, self._settings, observer
+                )
+        self._start_frontend()
+        for version in self._versions.values():
+            version.start()
+        watch = loop.create_task(self._watch())
+        self._check_started()
+        await self._stopped.wait()
+        watch.cancel()
+        if self._load_error is not None:
+            raise self._load_error
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_INTERVAL_S)
+            for version in self._versions.values():
+                version.kill_overdue()
+
+    # The front end
+
+    def _start_frontend(self) -> None:
+        if self._stopping:
+            return
+        settings = self._settings
+        options = FrontendOptions(
+            **{name: getattr(settings, name) for name in FrontendOptions.__dataclass_fields__}
+        )
+        frontend = Child(
+            "gateway.frontend.server", [], self._on_frontend_message, self._on_frontend_exit
+        )
+        fds = tuple(sock.fileno() for sock in self._sockets)
+        frontend.channel.send("configure", fds, options=options.to_wire())
+        self._frontend = frontend
+        for version in self._versions.values():
+            self._tell_state(version)
+            for seat in version.ready_seats():
+                self._on_worker(version, seat)
+        self._tell_routes()
+
+    def _on_frontend_message(self, message: Message, _fds: list[int]) -> None:
+        if message["op"] == "serving":
+            self._frontend_deaths = 0
+            self._check_started()
+            return
+        version = self._versions[(message["model"], message["version"])]
+        if message["op"] == "reclaimed":
+            version.reclaimed(message["incarnation"])
+        elif message["op"] == "convicted":
+            version.convicted()
+
+    def _on_frontend_exit(self, status: int) -> None:
+        self._frontend = None
+        if self._stopping:
+            self._stop_workers()
+            return
+        pause_s = BACKOFF_S[min(self._frontend_deaths, len(BACKOFF_S) - 1)]
+        self._frontend_deaths += 1
+        log.error("the front end %s; starting another", describe_exit(status))
+        asyncio.get_running_loop().call_later(pause_s, self._start_frontend)
+
+    def _tell(self, op: str, fds: tuple[int, ...] = (), **fields: object) -> None:
+        if self._frontend is not None:
+            self._frontend.channel.send(op, fds, **fields)
+
+    def _tell_state(self, version: VersionSupervision) -> None:
+        fields: dict[str, object] = {}
+        fds: tuple[int, ...] = ()
+        if version.state is VersionState.READY:
+            settings = version.settings
+            fds = (version.board_fd,)
+            fields = {
+                "signature": version.signature,
+                "seats": len(version.seats),
+                "max_queue_size": settings.queue.max_size,
+                "queue_timeout_ns": settings.queue.timeout_ms * NS_PER_MS,
+                "config": {
+                    "max_queue_delay_us": settings.max_queue_delay_us,
+                    "instances": [(spec.device, spec.count) for spec in settings.instances],
+                    "version_policy": _policy_document(settings.version_policy),
+                },
+            }
+        self._tell(
+            "version",
+            fds,
+            model=version.model,
+            version=version.number,
+            state=version.state.value,
+            reason=version.reason,
+            **fields,
+        )
+
+    def _tell_routes(self) -> None:
+        routes = {}
+        for model in self._models:
+            numbers = [
+                number
+                for (name, number), version in self._versions.items()
+                if name == model.name and version.state is VersionState.READY
+            ]
+            if numbers:
+                routes[model.name] = routed_version(numbers, model.settings.promote)
+        self._tell("routes", routes=routes)
+
+    # Versions and workers
+
+    def _on_state(self, version: VersionSupervision) -> None:
+        self._tell_state(version)
+        self._tell_routes()
+        if version.state is VersionState.FAILED:
+            text = f"model '{version.model}' version {version.number} cannot be served: "
+            log.error("%s%s", text, version.reason)
+            if not self._started.is_set() and self._settings.exit_on_error:
+                self._load_error = self._load_error or LoadError(text + version.reason)
+                self._stop_now()
+        self._check_started()
+
+    def _on_worker(self, version: VersionSupervision, seat: Seat) -> None:
+        """A worker is ready: connect it and the front end."""
+        if self._frontend is None or seat.child is None:
+            return
+        ours, theirs = Channel.pair()
+        seat.child.channel.send("frontend", (theirs.fileno(),))
+        self._tell(
+            "worker_up",
+            (seat.child.pidfd, ours.fileno()),
+            model=version.model,
+            version=version.number,
+            instance=seat.index,
+            incarnation=seat.incarnation,
+            restarted=seat.starts > 1,
+        )
+        ours.close()
+        theirs.close()
+
+    def _on_worker_exit(
+        self, version: VersionSupervision, seat: Seat, incarnation: int, signal_number: int
+    ) -> None:
+        if self._frontend is None:
+            version.reclaimed(incarnation)
+            return
+        self._tell(
+            "worker_exited",
+            model=version.model,
+            version=version.number,
+            instance=seat.index,
+            incarnation=incarnation,
+            signal=signal_number,
+            timed_out=seat.timed_out,
+        )
+
+    def _check_started(self) -> None:
+        """Say once that the server is ready, and where."""
+        if self._started.is_set() or self._stopping or self._frontend is None:
+            return
+        if any(version.is_loading for version in self._versions.values()):
+            return
+        self._started.set()
+        data, metrics = (_address(sock) for sock in self._sockets)
+        ready = sum(v.state is VersionState.READY for v in self._versions.values())
+        log.info("serving %d model versions on %s, metrics on %s/metrics", ready, data, metrics)
+
+    # The end
+
+    def _on_signal(self) -> None:
+        if self._stopping:
+            log.warning("a second signal: ending now")
+            self._kill()
+            return
+        log.info("draining")
+        self._stopping = True
+        deadline_s = self._settings.drain_pause_s + self._settings.drain_timeout_s + KILL_MARGIN_S
+        asyncio.get_running_loop().call_later(deadline_s, self._kill)
+        if self._frontend is not None:
+            self._tell("drain")
+        else:
+            self._stop_workers()
+
+    def _stop_now(self) -> None:
+        """The start has failed: there is nothing to drain."""
+        if not self._stopping:
+            self._stopping = True
+            self._kill()
+
+    def _stop_workers(self) -> None:
+        for version in self._versions.values():
+            version.stop()
+        self._check_stopped()
+
+    def _kill(self) -> None:
+        if self._frontend is not None:
+            self._frontend.kill()
+        for version in self._versions.values():
+            version.kill()
+        self._check_stopped()
+
+    def _on_stopped(self, _version: VersionSupervision) -> None:
+        self._check_stopped()
+
+    def _check_stopped(self) -> None:
+        workers_gone = all(version.is_stopped for version in self._versions.values())
+        if self._stopping and self._frontend is None and workers_gone:
+            self._stopped.set()
+
+
+def _policy_document(policy: Latest | Specific | str) -> dict[str, object] | str:
+    return policy if isinstance(policy, str) else policy.model_dump()
+
+
+def _address(sock: socket.socket) -> str:
+    host, port = sock.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound and listening socket. OSError when the address is taken or not this machine's."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(1024)
+    except OSError:
+        sock.close()
+        raise
+    os.set_inheritable(sock.fileno(), False)
+    return sock

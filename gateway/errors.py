@@ -1,0 +1,107 @@
+"""The one error tree.
+
+Each class fixes its HTTP status, its machine-readable code and whether the same request may succeed
+when sent again. Messages are shown to clients: they say what was expected, what came and what to do,
+and never hold tensor data, paths, names of shared memory or client bytes (names that match their
+grammar excepted).
+"""
+
+from __future__ import annotations
+
+
+class GatewayError(Exception):
+    """Base of every error that the gateway raises on purpose."""
+
+    status = 500
+    code = "internal"
+    retryable = False
+
+    @property
+    def message(self) -> str:
+        """The text that a client or an operator is shown."""
+        return str(self.args[0]) if self.args else self.code
+
+
+class InvalidRequest(GatewayError):
+    """The request is wrong in itself; sending it again gives the same answer."""
+
+    status = 400
+    code = "invalid_request"
+
+
+class NotFound(GatewayError):
+    """The named model, version, label or resource does not exist."""
+
+    status = 404
+    code = "not_found"
+
+
+class Forbidden(GatewayError):
+    """The caller may not do this here."""
+
+    status = 403
+    code = "forbidden"
+
+
+class TooLarge(GatewayError):
+    """A body, decompressed body or tensor is over a limit; the message names the setting."""
+
+    status = 413
+    code = "too_large"
+
+
+class UnsupportedMediaType(GatewayError):
+    """Content-Type or Content-Encoding is not one the gateway reads."""
+
+    status = 415
+    code = "unsupported_media_type"
+
+
+class QueueFull(GatewayError):
+    """The model's queue is at ``queue.max_size``; answered with ``Retry-After``."""
+
+    status = 429
+    code = "queue_full"
+    retryable = True
+
+
+class InferenceFailed(GatewayError):
+    """The model itself failed on this request (ONNX Runtime raised, or the worker died of it)."""
+
+    status = 500
+    code = "inference_failed"
+
+
+class NotSupported(GatewayError):
+    """A known operation that this server or model does not offer."""
+
+    status = 501
+    code = "not_implemented"
+
+
+class Unavailable(GatewayError):
+    """The version, or the server as a whole, cannot take requests now."""
+
+    status = 503
+    code = "unavailable"
+    retryable = True
+
+
+class DeadlineExceeded(GatewayError):
+    """The request's time in the queue ran out before a worker took it."""
+
+    status = 504
+    code = "deadline_exceeded"
+    retryable = True
+
+
+class ConfigurationError(GatewayError):
+    """A setting, a file or the environment is wrong; one line for the operator, never a client."""
+
+    code = "configuration"
+
+
+class LoadError(GatewayError):
+    """A model version cannot be loaded; the message is the reason that operators see."""
+
+    code = "load_failed"

@@ -1,0 +1,91 @@
+"""HTTP answers: the one JSON form of every failure, and the headers that every answer carries."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from gateway.errors import GatewayError, TooLarge
+from gateway.protocols import jsontext
+from gateway.serving.routes import Version
+
+log = logging.getLogger("gateway.frontend")
+
+RETRY_AFTER_S = 1
+"""What a refused client is told to wait: queues of this gateway drain in well under a second."""
+
+VERSION = web.RequestKey("version", Version)
+"""Set on a request once it reached a version."""
+
+DRAINING = web.AppKey("draining", asyncio.Event)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,128}")
+
+_HTTP_TEXT = {404: "Not Found", 405: "Method Not Allowed", 413: "Request Entity Too Large"}
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def json_answer(document: Any, status: int = 200) -> web.Response:
+    """A document as JSON."""
+    return web.Response(
+        body=jsontext.dumps(document), status=status, content_type="application/json"
+    )
+
+
+def error_answer(error: GatewayError) -> web.Response:
+    """``{"error": …}`` with the error's status, and ``Retry-After`` where a retry may help."""
+    answer = json_answer({"error": error.message}, error.status)
+    if error.status in (429, 503):
+        answer.headers["Retry-After"] = str(RETRY_AFTER_S)
+    return answer
+
+
+def _http_error_answer(error: web.HTTPException, max_request_bytes: int) -> web.StreamResponse:
+    if error.status == 413:
+        return error_answer(
+            TooLarge(f"the body is larger than max_request_bytes ({max_request_bytes})")
+        )
+    answer = json_answer({"error": _HTTP_TEXT.get(error.status, error.reason)}, error.status)
+    if "Allow" in error.headers:
+        answer.headers["Allow"] = error.headers["Allow"]
+    return answer
+
+
+def request_id(request: web.BaseRequest) -> str:
+    """The caller's ``x-request-id`` where it is safe to repeat, else a new one."""
+    given = request.headers.get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
+
+
+def answering(max_request_bytes: int) -> Any:
+    """The middleware that turns every failure into JSON and sets the headers of every answer."""
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            answer = await handler(request)
+        except GatewayError as error:
+            answer = error_answer(error)
+        except web.HTTPException as error:
+            answer = _http_error_answer(error, max_request_bytes)
+        except (asyncio.CancelledError, ConnectionError):
+            raise
+        except Exception:
+            log.exception("a handler failed")
+            answer = error_answer(GatewayError("internal error"))
+        answer.headers["x-request-id"] = request_id(request)
+        version = request.get(VERSION)
+        if version is not None:
+            answer.headers["x-model-version"] = str(version.number)
+        if request.app[DRAINING].is_set():
+            answer.force_close()
+        return answer
+
+    return middleware

@@ -1,0 +1,109 @@
+"""One inference from handler to batch and back: what all protocols' handlers share."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from aiohttp import web
+
+from gateway.clock import monotonic_ns
+from gateway.errors import GatewayError, InvalidRequest, TooLarge
+from gateway.frontend.answers import VERSION
+from gateway.protocols.call import InferCall, OutputTensor, check_call
+from gateway.serving.dispatcher import deadline_ns
+from gateway.serving.request import Request, Timing
+from gateway.serving.routes import Version
+from gateway.tensors import Signature
+
+T = TypeVar("T")
+
+CLIENT_GONE = 499
+"""What the metrics call a request whose client went away; nothing is sent."""
+
+Parse = Callable[[bytes, Signature], InferCall]
+Encode = Callable[[InferCall, Signature, list[OutputTensor]], T]
+
+
+class Inference:
+    """Runs inferences. ``max_request_bytes`` also bounds what a body expands to as tensors."""
+
+    def __init__(self, max_request_bytes: int) -> None:
+        self._max_request_bytes = max_request_bytes
+
+    async def run(
+        self, http: web.Request, version: Version, parse: Parse, encode: Encode[T]
+    ) -> tuple[InferCall, T]:
+        """Read the body, run it on the version and encode the answer.
+
+        Args:
+            http: its body has not been read.
+            version: marked on the request, so that the answer names it.
+            parse: body to call; raises InvalidRequest.
+            encode: outputs to answer. Called with views of shared memory, valid only meanwhile.
+
+        Raises:
+            GatewayError: whatever went wrong, with its status.
+        """
+        http[VERSION] = version
+        arrived_ns = monotonic_ns()
+        try:
+            signature, _ = version.ready()
+            body = await self._read(http)
+            call = parse(body, signature)
+            check_call(call, signature, self._max_request_bytes)
+            return call, await self._batched(version, call, signature, arrived_ns, encode)
+        except GatewayError as error:
+            version.metrics.failed(error.status, monotonic_ns() - arrived_ns)
+            raise
+        except asyncio.CancelledError:
+            version.metrics.failed(CLIENT_GONE, monotonic_ns() - arrived_ns)
+            raise
+
+    async def _read(self, http: web.Request) -> bytes:
+        length = http.content_length
+        if length is not None and length > self._max_request_bytes:
+            raise TooLarge(f"the body is larger than max_request_bytes ({self._max_request_bytes})")
+        try:
+            return await http.read()
+        except web.RequestPayloadError:
+            raise InvalidRequest("the body could not be read to its end") from None
+
+    async def _batched(
+        self,
+        version: Version,
+        call: InferCall,
+        signature: Signature,
+        arrived_ns: int,
+        encode: Encode[T],
+    ) -> T:
+        _, dispatcher = version.ready()  # again: the body may have taken long
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+        def on_answer(outputs: Sequence[OutputTensor], timing: Timing) -> None:
+            answer = encode(call, signature, list(outputs))
+            total_ns = monotonic_ns() - arrived_ns
+            version.metrics.answered(call.rows, total_ns, timing.queue_ns, timing.compute_ns)
+            if not done.done():
+                done.set_result(answer)
+
+        def on_error(error: GatewayError) -> None:
+            if not done.done():
+                done.set_exception(error)
+
+        tensors = {tensor.name: tensor for tensor in call.inputs}
+        request = Request(
+            call,
+            dims=tuple(tensors[spec.name].shape[1:] for spec in signature.inputs),
+            arrived_ns=arrived_ns,
+            deadline_ns=deadline_ns(call.timeout_us, dispatcher.limits, arrived_ns),
+            on_answer=on_answer,
+            on_error=on_error,
+        )
+        dispatcher.submit(request)
+        try:
+            return await done
+        except asyncio.CancelledError:
+            dispatcher.cancel(request)
+            raise

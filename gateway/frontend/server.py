@@ -1,0 +1,131 @@
+"""A front end: the process that clients talk to.
+
+Started as ``python -m gateway.frontend.server --channel FD``. The first message on that channel,
+``configure``, brings the options and the listening sockets (fds: data, metrics).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+import socket
+import sys
+
+import uvloop
+from aiohttp import http_parser, web
+
+from gateway.frontend.answers import DRAINING, answering
+from gateway.frontend.health import HealthHandlers
+from gateway.frontend.inference import Inference
+from gateway.frontend.link import SupervisorLink
+from gateway.frontend.tfserving import TensorFlowHandlers
+from gateway.frontend.v2 import V2Handlers
+from gateway.serving.channel import Channel
+from gateway.serving.options import FrontendOptions
+from gateway.serving.routes import RouteTable
+from gateway.telemetry import logs
+from gateway.telemetry.metrics import Metrics
+
+log = logging.getLogger("gateway.frontend")
+
+
+class Frontend:
+    """Listeners, handlers, and the order in which they end."""
+
+    def __init__(self, channel: Channel, options: FrontendOptions) -> None:
+        self._channel = channel
+        self._options = options
+        self._stop = asyncio.Event()
+        self._draining = asyncio.Event()
+        self._pause_s = options.drain_pause_s
+
+    async def serve(self, data: socket.socket, metrics_socket: socket.socket) -> None:
+        """Serve until drained."""
+        options = self._options
+        routes, metrics = RouteTable(), Metrics()
+        health = HealthHandlers(routes, metrics, options.strict_readiness)
+        inference = Inference(options.max_request_bytes)
+        app = self._application()
+        health.add_to(app)
+        V2Handlers(routes, inference).add_to(app)
+        TensorFlowHandlers(routes, inference).add_to(app)
+        metrics_app = self._application()
+        health.add_metrics_to(metrics_app)
+        link = SupervisorLink(
+            self._channel, routes, metrics, options.lane_bytes, self._drain, self._orphaned
+        )
+        link.start()
+        runners = [
+            await self._listen(app, data),
+            await self._listen(metrics_app, metrics_socket),
+        ]
+        self._channel.send("serving")
+        await self._stop.wait()
+        self._draining.set()
+        await asyncio.sleep(self._pause_s)
+        for runner in runners:
+            await runner.cleanup()
+
+    def _application(self) -> web.Application:
+        limit = self._options.max_request_bytes
+        app = web.Application(middlewares=[answering(limit)], client_max_size=limit)
+        app[DRAINING] = self._draining
+        return app
+
+    async def _listen(self, app: web.Application, sock: socket.socket) -> web.AppRunner:
+        options = self._options
+        runner = web.AppRunner(
+            app,
+            access_log=None,
+            handler_cancellation=True,  # a client that goes away takes its queued rows with it
+            keepalive_timeout=options.keepalive_timeout_s,
+            max_line_size=options.max_header_bytes,
+            max_field_size=options.max_header_bytes,
+            shutdown_timeout=options.drain_timeout_s,
+        )
+        await runner.setup()
+        await web.SockSite(runner, sock).start()
+        return runner
+
+    def _drain(self) -> None:
+        self._stop.set()
+
+    def _orphaned(self) -> None:
+        grace_s = self._options.orphan_grace_s
+        if not self._stop.is_set():
+            log.warning("the supervisor is gone; serving on for %g s", grace_s)
+        self._pause_s = 0.0
+        asyncio.get_running_loop().call_later(grace_s, self._stop.set)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry of the process."""
+    parser = argparse.ArgumentParser(prog="gateway-frontend")
+    parser.add_argument("--channel", type=int, required=True, help="descriptor of the channel")
+    arguments = parser.parse_args(argv)
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # a terminal's Ctrl-C is the supervisor's to handle
+    if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
+        log.error("aiohttp's C parser is missing; its Python one is not safe to serve with")
+        return 1
+    channel = Channel.from_fd(arguments.channel)
+    received = channel.receive()
+    if received is None:
+        return 0
+    message, (data_fd, metrics_fd) = received
+    options = FrontendOptions.from_wire(message["options"])
+    logs.configure(options.log_level, options.log_format)
+    frontend_sockets = socket.socket(fileno=data_fd), socket.socket(fileno=metrics_fd)
+
+    async def run() -> None:
+        await Frontend(channel, options).serve(*frontend_sockets)
+
+    uvloop.run(run())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

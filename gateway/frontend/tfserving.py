@@ -1,0 +1,100 @@
+"""Handlers of TensorFlow Serving's REST API."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from gateway.errors import NotSupported
+from gateway.frontend.answers import VERSION, json_answer
+from gateway.frontend.inference import Inference
+from gateway.protocols import tfserving
+from gateway.protocols.call import InferCall, OutputTensor
+from gateway.serving.routes import RouteTable, Version, VersionState
+from gateway.tensors import Signature
+
+_STATES = {
+    VersionState.LOADING: "LOADING",
+    VersionState.WARMING: "LOADING",
+    VersionState.READY: "AVAILABLE",
+    VersionState.FAILED: "END",
+}
+
+
+class TensorFlowHandlers:
+    """The routes below ``/v1/models``.
+
+    Args:
+        routes: models and versions.
+        inference: runs the inferences.
+    """
+
+    def __init__(self, routes: RouteTable, inference: Inference) -> None:
+        self._routes = routes
+        self._inference = inference
+
+    def add_to(self, app: web.Application) -> None:
+        """Register every route."""
+        get, post = app.router.add_get, app.router.add_post
+        model = "/v1/models/{model:[^/:]+}"
+        for prefix in (
+            model,
+            model + "/versions/{version:[^/:]+}",
+            model + "/labels/{label:[^/:]+}",
+        ):
+            get(prefix, self.status)
+            get(f"{prefix}/metadata", self.metadata)
+            post(f"{prefix}:predict", self.predict)
+            post(f"{prefix}:classify", self.no_such_signature)
+            post(f"{prefix}:regress", self.no_such_signature)
+        post(model + "/versions/{version:[^/:]+}/labels/{label:[^/:]+}:predict", self.predict)
+
+    def _resolve(self, http: web.Request) -> Version:
+        info = http.match_info
+        return self._routes.resolve(info["model"], info.get("version"), info.get("label"))
+
+    async def status(self, http: web.Request) -> web.Response:
+        """State of one version, or of all versions of a model."""
+        info = http.match_info
+        if "version" in info or "label" in info:
+            versions = [self._resolve(http)]
+        else:
+            found = self._routes.model(info["model"])
+            versions = sorted(found.values(), key=lambda v: v.number, reverse=True)
+        return json_answer(
+            tfserving.model_status(
+                tfserving.VersionStatus(
+                    str(v.number),
+                    _STATES[v.state],
+                    "UNKNOWN" if v.state is VersionState.FAILED else "OK",
+                    v.reason,
+                )
+                for v in versions
+            )
+        )
+
+    async def metadata(self, http: web.Request) -> web.Response:
+        """The signature in TensorFlow's form."""
+        version = self._resolve(http)
+        signature, _ = version.ready()
+        http[VERSION] = version
+        return json_answer(tfserving.metadata(version.model, str(version.number), signature))
+
+    async def predict(self, http: web.Request) -> web.Response:
+        """One inference, in rows or in columns."""
+        by_row = False
+
+        def parse(body: bytes, signature: Signature) -> InferCall:
+            nonlocal by_row
+            call, by_row = tfserving.parse_predict(body, signature)
+            return call
+
+        def encode(_call: InferCall, signature: Signature, outputs: list[OutputTensor]) -> bytes:
+            return tfserving.encode_predict(signature, by_row, outputs)
+
+        _, body = await self._inference.run(http, self._resolve(http), parse, encode)
+        return web.Response(body=body, content_type="application/json")
+
+    async def no_such_signature(self, http: web.Request) -> web.Response:
+        """``:classify`` and ``:regress`` need a signature that ONNX models do not have."""
+        http[VERSION] = self._resolve(http)
+        raise NotSupported("ONNX models have no classify or regress signature; use :predict")

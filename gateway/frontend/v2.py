@@ -1,0 +1,193 @@
+"""Handlers of the Open Inference Protocol v2 (Triton, KServe), and of msgpack on the same routes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from aiohttp import web
+
+from gateway.errors import Forbidden, InvalidRequest, UnsupportedMediaType
+from gateway.frontend.answers import VERSION, json_answer
+from gateway.frontend.inference import Inference
+from gateway.protocols import jsontext, messagepack, v2_documents, v2_infer
+from gateway.protocols.call import InferCall, OutputTensor
+from gateway.serving.routes import RouteTable, Version
+from gateway.telemetry.metrics import Duration
+from gateway.tensors import Signature
+
+HEADER_LENGTH = "Inference-Header-Content-Length"
+
+MSGPACK_TYPES = frozenset(
+    {"application/msgpack", "application/x-msgpack", "application/vnd.msgpack"}
+)
+
+JSON_TYPES = frozenset(
+    {
+        "application/json",
+        "application/octet-stream",  # aiohttp's name for no Content-Type, and Triton's for binary
+        "application/x-www-form-urlencoded",  # curl's, when it is given a body and nothing else
+        "text/plain",
+    }
+)
+
+
+class V2Handlers:
+    """The routes below ``/v2``.
+
+    Args:
+        routes: models and versions.
+        inference: runs the inferences.
+    """
+
+    def __init__(self, routes: RouteTable, inference: Inference) -> None:
+        self._routes = routes
+        self._inference = inference
+
+    def add_to(self, app: web.Application) -> None:
+        """Register every route."""
+        get, post = app.router.add_get, app.router.add_post
+        get("/v2", self.server_metadata)
+        get("/v2/models/stats", self.all_statistics)
+        post("/v2/repository/index", self.repository_index)
+        post("/v2/repository/models/{model}/load", self.refuse_model_control)
+        post("/v2/repository/models/{model}/unload", self.refuse_model_control)
+        for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+            get(prefix, self.model_metadata)
+            get(f"{prefix}/ready", self.model_ready)
+            get(f"{prefix}/config", self.model_config)
+            get(f"{prefix}/stats", self.model_statistics)
+            post(f"{prefix}/infer", self.infer)
+
+    def _resolve(self, http: web.Request) -> Version:
+        info = http.match_info
+        return self._routes.resolve(info["model"], info.get("version"))
+
+    async def server_metadata(self, _http: web.Request) -> web.Response:
+        """Name, version, extensions."""
+        return json_answer(v2_documents.server_metadata())
+
+    async def model_metadata(self, http: web.Request) -> web.Response:
+        """Names, datatypes and shapes of inputs and outputs."""
+        version = self._resolve(http)
+        signature, _ = version.ready()
+        numbers = sorted(v.number for v in self._routes.model(version.model).values() if v.is_ready)
+        http[VERSION] = version
+        return json_answer(
+            v2_documents.model_metadata(version.model, [str(n) for n in numbers], signature)
+        )
+
+    async def model_ready(self, http: web.Request) -> web.Response:
+        """200 when the version answers, 503 otherwise."""
+        version = self._resolve(http)
+        version.ready()
+        http[VERSION] = version
+        if version.is_ready:
+            return web.Response()
+        return json_answer({"error": "no worker of this version is alive right now"}, 503)
+
+    async def model_config(self, http: web.Request) -> web.Response:
+        """The model's configuration in Triton's form."""
+        version = self._resolve(http)
+        signature, _ = version.ready()
+        http[VERSION] = version
+        return json_answer(v2_documents.model_config(version.model, signature, **version.config))
+
+    async def model_statistics(self, http: web.Request) -> web.Response:
+        """Counters of one version, or of all versions of a model."""
+        info = http.match_info
+        if "version" in info:
+            versions: Iterable[Version] = [self._resolve(http)]
+        else:
+            versions = self._routes.model(info["model"]).values()
+        return json_answer(v2_documents.model_stats([_statistics(v) for v in versions]))
+
+    async def all_statistics(self, _http: web.Request) -> web.Response:
+        """Counters of every version of every model."""
+        every = [_statistics(v) for v in self._routes.versions()]
+        return json_answer(v2_documents.model_stats(every))
+
+    async def repository_index(self, http: web.Request) -> web.Response:
+        """Every version with its state; with ``{"ready": true}`` only those that are READY."""
+        body = await http.read()
+        options = jsontext.loads(body) if body else {}
+        if not isinstance(options, dict) or not isinstance(options.get("ready", False), bool):
+            raise InvalidRequest('the body must be empty or {"ready": true|false}')
+        ready_only = options.get("ready", False)
+        entries = [
+            v2_documents.IndexEntry(v.model, str(v.number), _triton_state(v), v.reason)
+            for v in self._routes.versions()
+            if v.is_ready or not ready_only
+        ]
+        return json_answer(v2_documents.repository_index(entries))
+
+    async def refuse_model_control(self, _http: web.Request) -> web.Response:
+        """Loading and unloading is for operators, not for whoever reaches the data port."""
+        raise Forbidden("models are not loaded or unloaded through the data port")
+
+    async def infer(self, http: web.Request) -> web.Response:
+        """One inference: JSON, JSON with binary tensors, one raw tensor, or msgpack."""
+        version = self._resolve(http)
+        if http.content_type in MSGPACK_TYPES:
+            return await self._infer_msgpack(http, version)
+        if http.content_type not in JSON_TYPES:
+            raise UnsupportedMediaType(
+                "Content-Type must be application/json or application/msgpack"
+            )
+        return await self._infer_json(http, version)
+
+    async def _infer_json(self, http: web.Request, version: Version) -> web.Response:
+        number = str(version.number)
+        header_length = http.headers.get(HEADER_LENGTH)
+
+        def parse(body: bytes, signature: Signature) -> InferCall:
+            return v2_infer.parse_infer(body, header_length, signature)
+
+        def encode(
+            call: InferCall, _signature: Signature, outputs: list[OutputTensor]
+        ) -> tuple[bytes, int | None]:
+            return v2_infer.encode_infer(call, version.model, number, outputs)
+
+        _, (body, json_bytes) = await self._inference.run(http, version, parse, encode)
+        if json_bytes is None:
+            return web.Response(body=body, content_type="application/json")
+        answer = web.Response(body=body, content_type="application/octet-stream")
+        answer.headers[HEADER_LENGTH] = str(json_bytes)
+        return answer
+
+    async def _infer_msgpack(self, http: web.Request, version: Version) -> web.Response:
+        number = str(version.number)
+
+        def encode(call: InferCall, _signature: Signature, outputs: list[OutputTensor]) -> bytes:
+            return messagepack.encode_infer(call, version.model, number, outputs)
+
+        _, body = await self._inference.run(http, version, messagepack.parse_infer, encode)
+        return web.Response(body=body, content_type=http.content_type)
+
+
+def _triton_state(version: Version) -> str:
+    return {"READY": "READY", "FAILED": "UNAVAILABLE"}.get(version.state.value, "LOADING")
+
+
+def _statistics(version: Version) -> v2_documents.ModelStatistics:
+    s = version.metrics.statistics
+
+    def spent(duration: Duration) -> v2_documents.Spent:
+        return v2_documents.Spent(duration.count, duration.ns)
+
+    return v2_documents.ModelStatistics(
+        name=version.model,
+        version=str(version.number),
+        last_inference_ms=s.last_inference_ms,
+        inference_count=s.inference_count,
+        execution_count=s.execution_count,
+        success=spent(s.success),
+        fail=spent(s.fail),
+        queue=spent(s.queue),
+        compute_infer=spent(s.compute_infer),
+        batches=[
+            v2_documents.BatchStatistics(
+                rows, v2_documents.Spent(), spent(duration), v2_documents.Spent()
+            )
+            for rows, duration in sorted(s.batches.items())
+        ],
+    )

@@ -1,0 +1,1 @@
+"""The life of a request between decoding and answering; knows no HTTP."""

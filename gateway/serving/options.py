@@ -1,0 +1,31 @@
+"""What a front end is told when it starts: the few settings that concern it, as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class FrontendOptions:
+    """See `gateway.settings.ServerSettings` for what each one bounds."""
+
+    strict_readiness: bool
+    orphan_grace_s: float
+    drain_pause_s: float
+    drain_timeout_s: float
+    max_request_bytes: int
+    max_header_bytes: int
+    keepalive_timeout_s: float
+    lane_bytes: int
+    log_level: str
+    log_format: str
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain values for a message between processes."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> FrontendOptions:
+        """The inverse of `to_wire`."""
+        return cls(**wire)

@@ -1,0 +1,129 @@
+"""Which version answers: the front end's table of models, versions and routes."""
+
+from __future__ import annotations
+
+import enum
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from gateway.errors import InvalidRequest, NotFound, Unavailable
+from gateway.serving.dispatcher import Dispatcher
+from gateway.telemetry.metrics import VersionMetrics
+from gateway.tensors import Signature
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+"""What models and labels may be called."""
+
+MAX_VERSION = (1 << 63) - 1
+
+_DIGITS = re.compile(r"[0-9]{1,19}")
+
+
+class VersionState(enum.Enum):
+    """Life of a version, as clients may see it. The supervisor decides; front ends are told."""
+
+    LOADING = "LOADING"
+    WARMING = "WARMING"
+    READY = "READY"
+    FAILED = "FAILED"
+
+
+@dataclass(slots=True)
+class Version:
+    """One version of a model, as a front end knows it.
+
+    ``signature`` and ``dispatcher`` are there from READY on; ``config`` is what the configuration
+    document shows.
+    """
+
+    model: str
+    number: int
+    metrics: VersionMetrics
+    state: VersionState = VersionState.LOADING
+    reason: str = ""
+    signature: Signature | None = None
+    dispatcher: Dispatcher | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_ready(self) -> bool:
+        """READY, with a worker alive to run it."""
+        return (
+            self.state is VersionState.READY
+            and self.dispatcher is not None
+            and self.dispatcher.has_workers
+        )
+
+    def ready(self) -> tuple[Signature, Dispatcher]:
+        """What serves it. Unavailable when it is not READY."""
+        if self.state is not VersionState.READY or not self.signature or not self.dispatcher:
+            raise Unavailable(
+                f"model '{self.model}' version {self.number} is {self.state.value.lower()}"
+            )
+        return self.signature, self.dispatcher
+
+
+class RouteTable:
+    """Models by name, their versions by number, and the version that a plain request gets."""
+
+    def __init__(self) -> None:
+        self.models: dict[str, dict[int, Version]] = {}
+        self.routes: dict[str, int] = {}
+
+    def versions(self) -> Iterator[Version]:
+        """Every version of every model."""
+        for versions in self.models.values():
+            yield from versions.values()
+
+    def model(self, name: str) -> dict[int, Version]:
+        """A model's versions. InvalidRequest for a name outside its grammar, NotFound."""
+        if not NAME.fullmatch(name):
+            raise InvalidRequest("a model's name must match [A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+        versions = self.models.get(name)
+        if versions is None:
+            raise NotFound(f"unknown model '{name}'")
+        return versions
+
+    def resolve(self, name: str, version: str | None = None, label: str | None = None) -> Version:
+        """The version that a request means: the one it names, else the model's route.
+
+        Raises:
+            InvalidRequest: a malformed name or version, or version and label together.
+            NotFound: unknown model, version or label.
+            Unavailable: the model has no version that could answer.
+        """
+        versions = self.model(name)
+        if label is not None:
+            if version is not None:
+                raise InvalidRequest("name a version or a label, not both")
+            if not NAME.fullmatch(label):
+                raise InvalidRequest("a label must match [A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+            raise NotFound(f"model '{name}' has no label '{label}'")
+        if version is None:
+            routed = self.routes.get(name)
+            if routed is None:
+                raise Unavailable(f"no version of model '{name}' can answer")
+            return versions[routed]
+        if not _DIGITS.fullmatch(version) or int(version) > MAX_VERSION:
+            raise InvalidRequest("a version is a whole number of at most 63 bits")
+        found = versions.get(int(version))
+        if found is None:
+            raise NotFound(f"model '{name}' has no version {int(version)}")
+        return found
+
+    def is_ready(self, strict: bool) -> bool:
+        """Whether every route leads to a version that answers.
+
+        Args:
+            strict: a model with a failed version and none that is READY counts as unready, too.
+        """
+        if any(not self.models[name][number].is_ready for name, number in self.routes.items()):
+            return False
+        for name, versions in self.models.items():
+            if name in self.routes:
+                continue
+            if strict or any(v.state is not VersionState.FAILED for v in versions.values()):
+                return False
+        return True

@@ -1,0 +1,399 @@
+"""The settings of the server and of each model, and the one line that says what is wrong with them.
+
+A server setting comes from the first of these that has it: flag, environment (``GATEWAY_PORT`` is
+``port``), YAML file, default. A model's come from its ``config.yaml``. A key that nobody knows is
+refused by name wherever it stands: a misspelt limit that is silently ignored is found in production.
+The line under each field is its description; ``docs/settings.md`` repeats it and a test compares.
+
+The environment is read here and not by pydantic-settings' own source, which ignores the variables
+that it does not know and matches names in any case.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource
+
+from gateway.errors import ConfigurationError
+
+ENV_PREFIX = "GATEWAY_"
+
+MAX_FILE_BYTES = 1 << 20
+"""Longest settings file that is read; a model named by mistake is refused instead of parsed."""
+
+MAX_VERSION = (1 << 63) - 1
+"""Highest version of a model: int64, as in the protocols."""
+
+_MAX_SHOWN_CHARS = 80  # of a refused key or value that a message repeats
+
+# Variables (NAME=value) with our prefix that are no settings: setup.py's, and a trap. Kubernetes gives
+# every container variables for every Service of its namespace. For one called "gateway" they begin
+# with our prefix, and GATEWAY_PORT=tcp://10.0.0.1:8000 even has the name of a setting, as has
+# GATEWAY_METRICS_PORT for "gateway-metrics". Read as settings they would end the start of every pod.
+_NOT_SETTINGS = re.compile(
+    r"GATEWAY_CYTHON_DEBUG="
+    r"|GATEWAY_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?)="
+    r"|GATEWAY_(\w+_)?PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?="
+    r"|GATEWAY_(\w+_)?PORT=(tcp|udp|sctp)://",
+    re.ASCII,
+)
+
+
+def _unknown_key(keys: Collection[object], known: Collection[str]) -> str | None:
+    """Names the first key that is not known, and the one that was probably meant."""
+    for key in keys:
+        if key not in known:
+            return f"unknown key {_shown(key)}{_did_you_mean(key, known)}"
+    return None
+
+
+def _did_you_mean(key: object, known: Collection[str], spell: Callable[[str], str] = str) -> str:
+    name = key.lower().replace("-", "_") if isinstance(key, str) else ""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f" (did you mean {spell(close[0])!r}?)" if close else ""
+
+
+def _shown(value: object) -> str:
+    """A value as the file had it, on one line, control characters escaped, of bounded length."""
+    if isinstance(value, Mapping):
+        return "a mapping"
+    if isinstance(value, list | tuple | set):
+        return f"a list of {len(value)}"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, int) and value.bit_length() > 64:
+        return "a number beyond 64 bits"  # Python refuses to print very long ones
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "…"
+
+
+def _between(low: int, high: int, kind: str = "a whole number") -> WrapValidator:
+    """A number from ``low`` to ``high``. Refuses NaN, and YAML's true, which Python takes for 1."""
+
+    def check(value: Any, parse: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            number = None if isinstance(value, bool) else parse(value)
+        except ValidationError:
+            number = None
+        if number is None:
+            raise ValueError(f"must be {kind} between {low} and {high}, got {_shown(value)}")
+        if not low <= number <= high:
+            raise ValueError(f"must be between {low} and {high}, got {_shown(number)}")
+        return number
+
+    return WrapValidator(check)
+
+
+def _must(hold: Callable[[Any], object], expected: str) -> Callable[[Any], Any]:
+    """Refuses a value for which ``hold`` is false, saying in words what was ``expected``."""
+
+    def check(value: Any) -> Any:
+        if not hold(value):
+            raise ValueError(f"must be {expected}, got {_shown(value)}")
+        return value
+
+    return check
+
+
+_is_device = re.compile(r"cpu|cuda:(0|[1-9]\d?)", re.ASCII).fullmatch
+_is_host = re.compile(r"[0-9A-Za-z_.:%-]{1,255}").fullmatch
+
+_is_few = _must(lambda entries: 1 <= len(entries) <= 16, "a list of 1 to 16 entries")
+_Version = Annotated[int, _between(1, MAX_VERSION)]
+# An empty variable or key would otherwise mean the working directory.
+_is_path = _must(lambda value: isinstance(value, str | Path) and value != "", "a path")
+_FilePath = Annotated[Path, BeforeValidator(_is_path)]
+
+
+class _Section(BaseModel, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """A mapping of a model's settings file: fixed once read, closed to keys it does not know."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unknown_keys(cls, data: Any) -> Any:
+        # Before pydantic's own check, which does not name the key that was probably meant.
+        if isinstance(data, Mapping) and (problem := _unknown_key(data, cls.model_fields)):
+            raise ValueError(problem)
+        return data
+
+
+class Instance(_Section):
+    """Worker processes of one kind."""
+
+    device: Annotated[str, AfterValidator(_must(_is_device, "'cpu' or 'cuda:N'"))] = "cpu"
+    """Where the workers run the model: cpu, or cuda:N for the GPU number N."""
+    count: Annotated[int, _between(1, 128)] = 1
+    """Worker processes of this kind; bounds the batches run at the same time."""
+    threads: Annotated[int, _between(1, 1024)] = 1
+    """ONNX Runtime threads in each worker; bounds the CPU cores of one batch."""
+
+
+class Queue(_Section):
+    """What happens to requests that no worker can take yet."""
+
+    max_size: Annotated[int, _between(1, 1_000_000)] = 4096
+    """Requests that may wait for the model; beyond it they are refused (429)."""
+    timeout_ms: Annotated[int, _between(0, 86_400_000)] = 0
+    """Time that a request may wait in the queue before it fails (504); 0: no end."""
+
+
+class Latest(_Section):
+    """The version policy that serves the newest versions."""
+
+    latest: _Version
+    """How many versions are served, counted from the highest down."""
+
+
+class Specific(_Section):
+    """The version policy that serves the named versions and no other."""
+
+    specific: Annotated[
+        tuple[_Version, ...], AfterValidator(_must(len, "a list of one version or more"))
+    ]
+    """The versions that are served; each must be in the repository."""
+
+
+def _read_version_policy(value: Any) -> Any:
+    """Picks the policy by its key, so that an error names the key and not every alternative."""
+    if isinstance(value, Latest | Specific) or value == "all":
+        return value
+    if isinstance(value, Mapping):
+        if problem := _unknown_key(value, ("latest", "specific")):
+            raise ValueError(problem)
+        if len(value) == 1:
+            return (Latest if "latest" in value else Specific).model_validate(value)
+    raise ValueError(f"must be {{latest: N}}, {{specific: [N, …]}} or all, got {_shown(value)}")
+
+
+VersionPolicy = Annotated[Latest | Specific | Literal["all"], BeforeValidator(_read_version_policy)]
+Promote = Literal["latest", "manual"]
+
+
+class ModelSettings(_Section):
+    """What ``<repository>/<model>/config.yaml`` may say."""
+
+    max_batch_size: Annotated[int, _between(1, 4096)] | None = None
+    """Rows that one batch may hold; null: decided from the model's graph."""
+    max_queue_delay_us: Annotated[int, _between(0, 60_000_000)] = 0
+    """Time that an idle worker may hold a batch back for more rows; 0: never."""
+    instances: Annotated[tuple[Instance, ...], AfterValidator(_is_few)] = (Instance(),)
+    """The worker processes of each served version, by kind."""
+    queue: Queue = Queue()
+    """What happens to requests that no worker can take yet."""
+    version_policy: VersionPolicy = Latest(latest=1)
+    """Which versions are served: {latest: N}, {specific: [N, …]} or all."""
+    promote: Promote = "latest"
+    """Whether the default route follows the newest version or is moved by hand."""
+    execution_timeout_ms: Annotated[int, _between(1, 86_400_000)] = 30_000
+    """Time that one batch may run before its worker counts as hung."""
+    warmup: bool = True
+    """Whether a worker runs the model once before it takes requests."""
+
+
+def load_model_settings(path: Path) -> ModelSettings:
+    """Reads ``<repository>/<model>/config.yaml``.
+
+    Raises:
+        ConfigurationError: one line that names the model, the key and what it must be.
+    """
+    where = f"config.yaml of model {_shown(path.parent.name)}"
+    try:
+        return ModelSettings.model_validate(_read_yaml(path, where))
+    except ValidationError as error:
+        raise ConfigurationError(f"{where}: {_explain(error)}") from None
+
+
+class ServerSettings(BaseSettings, frozen=True, extra="forbid", use_attribute_docstrings=True):
+    """Settings of the whole server. Made by `load_server_settings`, whose errors are one line."""
+
+    config: _FilePath | None = None
+    """The YAML file that the other keys are read from; not a key of that file."""
+    model_repository: _FilePath
+    """The folder of models; no file outside it is ever served."""
+    host: Annotated[str, AfterValidator(_must(_is_host, "an address or a host name"))] = "127.0.0.1"
+    """Address the data port listens on; 0.0.0.0 opens it to others."""
+    port: Annotated[int, _between(0, 65535)] = 8000
+    """Data port: inference, health; 0: any free port."""
+    metrics_port: Annotated[int, _between(0, 65535)] = 8002
+    """Port of /metrics for Prometheus; 0: any free port."""
+    strict_readiness: bool = False
+    """Whether a failed model without a ready version makes the server unready."""
+    exit_on_error: bool = True
+    """Whether a version that cannot be loaded at start ends the start."""
+    orphan_grace_s: Annotated[float, _between(0, 3600, "a number")] = 30.0
+    """Time that requests are still served after the supervisor has died."""
+    drain_pause_s: Annotated[float, _between(0, 600, "a number")] = 0.0
+    """Time between turning unready and closing the listeners, at shutdown."""
+    drain_timeout_s: Annotated[float, _between(0, 3600, "a number")] = 30.0
+    """Time that requests in flight get to finish, at shutdown."""
+    load_timeout_s: Annotated[float, _between(1, 86_400, "a number")] = 120.0
+    """Time that a version gets to load and warm up before it counts as failed."""
+    max_request_bytes: Annotated[int, _between(1 << 10, 1 << 32)] = 64 << 20
+    """Longest request body, as sent and decompressed; beyond it 413."""
+    max_header_bytes: Annotated[int, _between(1 << 10, 1 << 20)] = 16 << 10
+    """Longest request line and headers together."""
+    keepalive_timeout_s: Annotated[float, _between(1, 3600, "a number")] = 75.0
+    """Time that an idle connection is kept open."""
+    lane_bytes: Annotated[int, _between(1 << 20, 1 << 36)] = 64 << 20
+    """Shared memory for the inputs of one lane; bounds its slots."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least important log line that is written."""
+    log_format: Literal["text", "json"] = "text"
+    """Form of a log line: text for people, json for machines."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Flags, then environment, then file. ConfigurationError for an unknown key in either."""
+        environment = _from_environment(os.environ)
+        config = init_settings().get("config", environment.get("config"))
+        return (
+            init_settings,
+            InitSettingsSource(settings_cls, environment),
+            InitSettingsSource(settings_cls, _from_file(config)),
+        )
+
+
+def load_server_settings(**flags: Any) -> ServerSettings:
+    """Reads the server's settings; a flag that is None was not given.
+
+    Raises:
+        ConfigurationError: one line that names the key, variable or file and what it must be.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    # Also keeps out BaseSettings' own switches (_env_file, …), which are not settings.
+    if problem := _unknown_key(given, ServerSettings.model_fields):
+        raise ConfigurationError(problem)
+    try:
+        return ServerSettings(**given)
+    except ValidationError as error:
+        raise ConfigurationError(_explain(error)) from None
+
+
+def _variable(field: str) -> str:
+    return ENV_PREFIX + field.upper()
+
+
+def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
+    """The settings among the variables. ConfigurationError for one with our prefix that is none."""
+    fields = {_variable(field): field for field in ServerSettings.model_fields}
+    found = {}
+    for name, value in environ.items():
+        if not name.startswith(ENV_PREFIX) or _NOT_SETTINGS.match(f"{name}={value}"):
+            continue
+        if name not in fields:
+            # Compared without the prefix: sharing that much would make any name look alike.
+            hint = _did_you_mean(name.removeprefix(ENV_PREFIX), fields.values(), _variable)
+            raise ConfigurationError(f"unknown environment variable {_shown(name)}{hint}")
+        found[fields[name]] = value
+    return found
+
+
+def _from_file(config: Any) -> dict[str, Any]:
+    """The settings in the YAML file, none without one. ConfigurationError for an unknown key."""
+    if not isinstance(config, str | Path) or config == "":
+        return {}  # not given, or refused by the model itself
+    where = f"settings file {_shown(str(config))}"
+    content = _read_yaml(Path(config), where)
+    if problem := _unknown_key(content, ServerSettings.model_fields.keys() - {"config"}):
+        raise ConfigurationError(f"{where}: {problem}")
+    return content
+
+
+# A file's own errors, and what PyYAML raises for a value that contradicts its tag (2024-13-01,
+# !!bool maybe) and for lists in lists without end.
+_UNREADABLE = (OSError, ValueError, ArithmeticError, AttributeError, LookupError, RecursionError)
+
+
+def _read_yaml(path: Path, where: str) -> dict[Any, Any]:
+    """The mapping in a YAML file, empty for an empty file. Errors are one line after ``where``."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+        if len(raw) > MAX_FILE_BYTES:
+            raise ValueError(f"longer than {MAX_FILE_BYTES} bytes")
+        text = raw.decode("utf-8")
+        for key, line in _duplicate_keys(yaml.compose(text, Loader=yaml.SafeLoader)):
+            raise ConfigurationError(f"{where}: line {line}: duplicate key {_shown(key)}")
+        content = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        place = f"line {error.problem_mark.line + 1}" if error.problem_mark else "somewhere"
+        problem = " ".join(f"{error.context or ''} {error.problem}".split())
+        raise ConfigurationError(f"{where}: {place}: {problem}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise ConfigurationError(f"{where}: line {line}: {error.reason}") from None
+    except _UNREADABLE as error:
+        reason = getattr(error, "strerror", None) or " ".join(f"{error}".split())
+        raise ConfigurationError(f"{where}: cannot be read: {reason}") from None
+    if not isinstance(content, dict | None):
+        raise ConfigurationError(f"{where}: must be a mapping of keys, got {_shown(content)}")
+    return content or {}
+
+
+def _duplicate_keys(root: yaml.Node | None) -> Iterator[tuple[str, int]]:
+    """Keys that a mapping holds twice, with their lines. `yaml.safe_load` lets the last one win."""
+    pending, visited = [root], set[int]()
+    while pending:
+        node = pending.pop()
+        if id(node) in visited:  # an alias, perhaps to one of its own parents
+            continue
+        visited.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            pending.extend(node.value)
+        elif isinstance(node, yaml.MappingNode):
+            seen = set[tuple[str, str]]()
+            for key, value in node.value:
+                pending.append(value)
+                if isinstance(key, yaml.ScalarNode):
+                    if (key.tag, key.value) in seen:
+                        yield key.value, key.start_mark.line + 1
+                    seen.add((key.tag, key.value))
+
+
+_EXPECTED = {
+    "string_type": "text",
+    "bool_type": "true or false",
+    "bool_parsing": "true or false",
+    "tuple_type": "a list",
+    "model_type": "a mapping of keys",
+}
+"""What pydantic's types of error expect, in words; literals bring their own."""
+
+
+def _explain(error: ValidationError) -> str:
+    """The first problem as one line: the dotted path of the setting and what it must be."""
+    problem = error.errors(include_url=False)[0]
+    kind, value, context = problem["type"], problem["input"], problem.get("ctx", {})
+    if kind == "value_error":
+        text = str(context["error"])
+    elif kind == "missing":
+        text = "is required: set it by flag, environment or settings file"
+    elif expected := context.get("expected", _EXPECTED.get(kind)):
+        text = f"must be {expected}, got {_shown(value)}"
+    else:
+        text = " ".join(problem["msg"].split())
+    path = ".".join(str(step) for step in problem["loc"])
+    return f"{path}: {text}" if path else text

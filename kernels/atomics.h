@@ -1,0 +1,119 @@
+/* Atomics, futexes and the steps of the test build.
+ *
+ * GCC's __atomic builtins rather than C11 <stdatomic.h>: the words live in memory that other
+ * processes map, declared in one struct for both, and _Atomic would change the structs' types.
+ */
+#ifndef GATEWAY_ATOMICS_H
+#define GATEWAY_ATOMICS_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <errno.h>
+#include <limits.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdint.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+/* In the test build every atomic step may yield, sleep for a moment or kill the process, driven by a
+ * seed, so that a stress test visits interleavings that a fast machine never shows. */
+#if GATEWAY_RING_STEPS
+static uint64_t gw_step_seed = 0;
+static int64_t gw_steps_to_death = -1;
+
+static inline void gw_step(void) {
+    if (gw_steps_to_death >= 0 && gw_steps_to_death-- == 0) kill(getpid(), SIGKILL);
+    if (gw_step_seed == 0) return;
+    gw_step_seed ^= gw_step_seed << 13;
+    gw_step_seed ^= gw_step_seed >> 7;
+    gw_step_seed ^= gw_step_seed << 17;
+    switch (gw_step_seed & 15) {
+    case 0: { struct timespec pause = {0, (long)((gw_step_seed >> 8) & 0xffff)};
+              nanosleep(&pause, NULL); break; }
+    case 1: case 2: case 3: sched_yield(); break;
+    default: break;
+    }
+}
+static inline int gw_set_steps(uint64_t seed, int64_t deaths) {
+    gw_step_seed = seed;
+    gw_steps_to_death = deaths;
+    return 1;
+}
+#else
+static inline void gw_step(void) {}
+static inline int gw_set_steps(uint64_t seed, int64_t deaths) { (void)seed; (void)deaths; return 0; }
+#endif
+
+static inline uint64_t gw_load64(const uint64_t *p) {
+    gw_step();
+    return __atomic_load_n(p, __ATOMIC_ACQUIRE);
+}
+static inline uint64_t gw_peek64(const uint64_t *p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+static inline void gw_poke64(uint64_t *p, uint64_t v) { __atomic_store_n(p, v, __ATOMIC_RELAXED); }
+static inline void gw_store64(uint64_t *p, uint64_t v) {
+    gw_step();
+    __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+static inline int gw_cas64(uint64_t *p, uint64_t expected, uint64_t desired) {
+    gw_step();
+    return __atomic_compare_exchange_n(p, &expected, desired, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+static inline uint64_t gw_swap64(uint64_t *p, uint64_t v) {
+    gw_step();
+    return __atomic_exchange_n(p, v, __ATOMIC_ACQ_REL);
+}
+static inline void gw_set_bits64(uint64_t *p, uint64_t bits) {
+    gw_step();
+    __atomic_fetch_or(p, bits, __ATOMIC_ACQ_REL);
+}
+static inline void gw_clear_bits64(uint64_t *p, uint64_t bits) {
+    gw_step();
+    __atomic_fetch_and(p, ~bits, __ATOMIC_ACQ_REL);
+}
+static inline uint32_t gw_load32(const uint32_t *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+static inline void gw_store32(uint32_t *p, uint32_t v) {
+    gw_step();
+    __atomic_store_n(p, v, __ATOMIC_RELEASE);
+}
+static inline uint32_t gw_swap32(uint32_t *p, uint32_t v) {
+    gw_step();
+    return __atomic_exchange_n(p, v, __ATOMIC_ACQ_REL);
+}
+static inline int gw_cas32(uint32_t *p, uint32_t expected, uint32_t desired) {
+    gw_step();
+    return __atomic_compare_exchange_n(p, &expected, desired, 0, __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE);
+}
+/* Store-load order is what both sleepers rely on: acquire and release do not give it. */
+static inline void gw_fence(void) {
+    __atomic_thread_fence(__ATOMIC_SEQ_CST);
+    gw_step();
+}
+static inline int gw_first_bit(uint64_t bits) { return __builtin_ctzll(bits); }
+
+/* Sleep while *word == expected, until `until_ns` on CLOCK_MONOTONIC (0: for ever). Not FUTEX_PRIVATE:
+ * the waker is another process. Returns 0 or errno (EAGAIN, EINTR and ETIMEDOUT all mean: look again). */
+static inline int gw_futex_wait(uint32_t *word, uint32_t expected, uint64_t until_ns) {
+    gw_step();
+    struct timespec until = {(time_t)(until_ns / 1000000000u), (long)(until_ns % 1000000000u)};
+    long r = syscall(SYS_futex, word, FUTEX_WAIT_BITSET, expected, until_ns ? &until : NULL, NULL,
+                     FUTEX_BITSET_MATCH_ANY);
+    return r == 0 ? 0 : errno;
+}
+static inline void gw_futex_wake(uint32_t *word) {
+    gw_step();
+    syscall(SYS_futex, word, FUTEX_WAKE, 1, NULL, NULL, 0);
+}
+
+/* Ring an eventfd. It is non-blocking and its counter cannot overflow in practice; a bell that is
+ * already ringing needs no second ring, so the result does not matter. */
+static inline void gw_ring_bell(int fd) {
+    gw_step();
+    uint64_t one = 1;
+    ssize_t r = write(fd, &one, sizeof one);
+    (void)r;
+}
+#endif

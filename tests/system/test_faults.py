@@ -1,0 +1,105 @@
+"""What happens when processes die: every request gets exactly one answer, the right one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import aiohttp
+import numpy as np
+import pytest
+
+from tests.system.server import Server
+
+
+class Progress:
+    """Counts answers, and waits for more of them."""
+
+    def __init__(self) -> None:
+        self.count = self._target = 0
+        self._reached = asyncio.Event()
+
+    def add(self) -> None:
+        self.count += 1
+        if self.count >= self._target:
+            self._reached.set()
+
+    async def more(self, n: int) -> None:
+        self._target = self.count + n
+        self._reached.clear()
+        await self._reached.wait()
+
+
+def echo_request(value: float, rows: int = 1) -> dict:
+    data = np.arange(rows * 16, dtype=np.float32).reshape(rows, 16) + np.float32(value)
+    return {
+        "inputs": [
+            {"name": "x", "datatype": "FP32", "shape": [rows, 16], "data": data.ravel().tolist()}
+        ]
+    }
+
+
+async def ask_echo(session, url: str, value: float, rows: int = 1) -> None:
+    """One request whose answer is checked against the model's formula."""
+    async with session.post(
+        f"{url}/v2/models/echo/infer", json=echo_request(value, rows)
+    ) as answer:
+        document = await answer.json()
+        assert answer.status == 200, document
+    got = {o["name"]: o["data"] for o in document["outputs"]}
+    x = np.arange(rows * 16, dtype=np.float32) + np.float32(value)
+    assert got["y"] == (2 * x + 1).tolist()
+
+
+async def test_twenty_worker_kills_under_load_lose_no_request(make_repository):
+    with Server(make_repository("echo")) as server:
+        stop = asyncio.Event()
+        answers = Progress()
+
+        async def client(session, number: int) -> None:
+            i = 0
+            while not stop.is_set():
+                await ask_echo(session, server.url, number * 10_000 + i % 1000, rows=1 + i % 3)
+                answers.add()
+                i += 1
+
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            clients = [asyncio.create_task(client(session, n)) for n in range(24)]
+            for _ in range(20):
+                (pid,) = server.workers()
+                os.kill(pid, signal.SIGKILL)
+                await asyncio.wait_for(answers.more(200), 30)  # a new worker came up
+            stop.set()
+            await asyncio.wait_for(asyncio.gather(*clients), 30)
+        assert answers.count >= 20 * 200
+
+
+@pytest.mark.parametrize("position", [0, 5, 11])
+async def test_a_row_that_makes_run_raise_fails_alone(make_repository, position):
+    """One of twelve requests in a batch names a row that does not exist."""
+    config = "max_batch_size: 32\nmax_queue_delay_us: 200000\n"
+    with Server(make_repository("gather", gather=config)) as server:
+
+        async def ask(session, index: int):
+            body = {
+                "inputs": [{"name": "index", "datatype": "INT64", "shape": [1], "data": [index]}]
+            }
+            async with session.post(f"{server.url}/v2/models/gather/infer", json=body) as answer:
+                return answer.status, await answer.json()
+
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            indexes = [7 + i for i in range(12)]
+            indexes[position] = 5000
+            answers = await asyncio.gather(*(ask(session, i) for i in indexes))
+            expected = await asyncio.gather(*(ask(session, i) for i in range(7, 19)))
+            stats = await (await session.get(f"{server.url}/v2/models/gather/stats")).json()
+        for i, (status, document) in enumerate(answers):
+            if i == position:
+                assert status == 500
+                assert "5000" not in document["error"]
+            else:
+                assert status == 200
+                assert document["outputs"] == expected[i][1]["outputs"]
+        statistics = stats["model_stats"][0]["inference_stats"]
+        assert statistics["fail"]["count"] == 1

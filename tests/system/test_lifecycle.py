@@ -1,0 +1,218 @@
+"""Start, end and misfortune: what is left behind (nothing), and what is said (one line)."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import requests
+
+from tests.system.server import Server, command_line, run_time_ns, wait_gone, wait_run_time
+
+
+def ask_echo(url: str, timeout_s: float = 10) -> list[float]:
+    body = {
+        "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 16], "data": [1.0] * 16}],
+        "outputs": [{"name": "y"}],
+    }
+    answer = requests.post(f"{url}/v2/models/echo/infer", json=body, timeout=timeout_s)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["outputs"][0]["data"]
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def processes_of(server: Server) -> list[int]:
+    return [server.pid, *server.frontends(), *server.workers()]
+
+
+@pytest.fixture(scope="module")
+def echo(make_repository) -> Path:
+    return make_repository("echo")
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_every_process_and_leaves_nothing(echo, signal_number):
+    before = shared_memory()
+    with Server(echo) as server:
+        ask_echo(server.url)
+        pids = processes_of(server)
+        assert len(pids) == 3
+        assert server.stop(signal_number) == 0
+        for pid in pids:
+            assert command_line(pid) == ""
+    assert shared_memory() == before
+    assert not any("Traceback" in line for line in server.lines)
+
+
+def test_sigterm_lets_requests_in_flight_finish(make_repository):
+    with Server(make_repository("slow", slow="max_batch_size: 1\n")) as server:
+        url = f"{server.url}/v2/models/slow/infer"
+        body = b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,4],"data":[1,2,3,4]}]}'
+        head = f"POST {url} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            client.settimeout(30)
+            client.sendall((head + body) * 5)  # pipelined: some are answered after the signal
+            first = client.recv(65536)
+            assert first.startswith(b"HTTP/1.1 200")
+            assert server.stop() == 0
+
+
+@pytest.mark.parametrize("grace_s", ["0", "2"])
+def test_children_of_a_killed_supervisor_serve_on_then_end(echo, grace_s):
+    before = shared_memory()
+    with Server(echo, GATEWAY_ORPHAN_GRACE_S=grace_s) as server:
+        ask_echo(server.url)
+        children = [*server.frontends(), *server.workers()]
+        os.kill(server.pid, signal.SIGKILL)
+        server.process.wait(10)
+        if grace_s != "0":
+            assert ask_echo(server.url) == [3.0] * 16  # nobody supervises, and it is served
+        for pid in children:
+            wait_gone(pid)
+    assert shared_memory() == before
+
+
+def test_a_stopped_supervisor_is_on_no_requests_path(echo):
+    with Server(echo) as server:
+        ask_echo(server.url)
+        os.kill(server.pid, signal.SIGSTOP)
+        try:
+            for _ in range(20):
+                assert ask_echo(server.url) == [3.0] * 16
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+
+
+def test_a_killed_front_end_is_replaced(echo):
+    with Server(echo) as server:
+        ask_echo(server.url)
+        for _ in range(3):
+            (frontend,) = server.frontends()
+            (worker,) = server.workers()
+            logged = len(server.lines)
+            os.kill(frontend, signal.SIGKILL)
+            server.wait_for("starting another", after=logged)
+            assert ask_echo(server.url, timeout_s=30) == [3.0] * 16  # queued in the listener
+            assert server.workers() == [worker]  # a front end's death costs no worker
+            mappings = Path(f"/proc/{worker}/maps").read_text()
+            assert mappings.count("gateway-inputs") == 1  # the dead one's lane is unmapped
+
+
+def test_a_worker_that_hangs_is_killed_and_its_request_served(make_repository, benchmark_models):
+    repository = make_repository("slow", slow="max_batch_size: 1\nexecution_timeout_ms: 6000\n")
+    benchmark_models.slow(repository / "slow" / "1" / "model.onnx", steps=60_000)
+    with Server(repository) as server:
+        body = {
+            "inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 2, 3, 4]}]
+        }
+        url = f"{server.url}/v2/models/slow/infer"
+        (worker,) = server.workers()
+        with socket.create_connection(("127.0.0.1", server.port)) as client:
+            payload = requests.Request("POST", url, json=body).prepare().body
+            head = f"POST {url} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(payload)}\r\n\r\n"
+            client.settimeout(60)
+            idle_ns = run_time_ns(worker)
+            client.sendall(head.encode() + payload)
+            wait_run_time(worker, idle_ns + 50_000_000)
+            os.kill(worker, signal.SIGSTOP)  # in the middle of the run: it never publishes
+            server.wait_for("took longer than execution_timeout_ms")
+            answer = client.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200"), answer
+        assert worker not in server.workers()
+
+
+@pytest.mark.parametrize(
+    ("flags", "environment", "expected"),
+    [
+        (["--port", "70000"], {}, "port: must be between 0 and 65535, got 70000"),
+        ([], {"GATEWAY_PROT": "8000"}, "GATEWAY_PROT"),
+        (["--model-repository", "/nonexistent"], {}, "model_repository: '/nonexistent'"),
+        (["--config", "/nonexistent.yaml"], {}, "settings file"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(echo, flags, environment, expected):
+    assert_one_line(run_serve(echo, *flags, **environment), expected)
+
+
+def test_a_wrong_key_of_a_model_is_one_line(make_repository):
+    repository = make_repository("echo", echo="max_batchsize: 8\n")
+    result = run_serve(repository)
+    assert_one_line(result, "unknown key 'max_batchsize' (did you mean 'max_batch_size'?)")
+
+
+def test_a_port_in_use_is_one_line(echo):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = run_serve(echo, "--port", str(port))
+    assert_one_line(result, f"port: cannot listen on 127.0.0.1:{port}: Address already in use")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a model", b"\x08\x07" * 500], ids=["empty", "text", "noise"]
+)
+def test_a_broken_model_is_one_line(make_repository, content):
+    repository = make_repository("echo")
+    (repository / "echo" / "1" / "model.onnx").write_bytes(content)
+    result = run_serve(repository)
+    assert result.returncode == 1
+    assert_one_line(result, "model 'echo' version 1 cannot be served", log_lines=True)
+    assert str(repository) not in result.stderr.splitlines()[-1]
+
+
+def test_a_broken_model_beside_a_good_one_with_no_exit_on_error(make_repository):
+    repository = make_repository("echo", "mlp16")
+    (repository / "mlp16" / "1" / "model.onnx").write_bytes(b"broken")
+    with Server(repository, "--no-exit-on-error") as server:
+        ask_echo(server.url)
+        assert requests.get(f"{server.url}/readyz", timeout=10).status_code == 200
+        answer = requests.post(f"{server.url}/v2/models/mlp16/infer", json={}, timeout=10)
+        assert answer.status_code == 503
+        index = requests.post(f"{server.url}/v2/repository/index", timeout=10).json()
+        states = {entry["name"]: (entry["state"], bool(entry.get("reason"))) for entry in index}
+        assert states == {"echo": ("READY", False), "mlp16": ("UNAVAILABLE", True)}
+
+
+def test_a_missing_runtime_is_one_line(echo, tmp_path):
+    """The base install has no ONNX Runtime: simulated by a finder that does not find it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import importlib.util as u\n"
+        "real = u.find_spec\n"
+        "u.find_spec = lambda n, *a: None if n == 'onnxruntime' else real(n, *a)\n"
+    )
+    result = run_serve(echo, PYTHONPATH=str(tmp_path))
+    assert_one_line(result, "pip install 'inference-gateway[cpu]'")
+
+
+def run_serve(
+    repository: Path, *flags: str, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "gateway", "serve", "--model-repository", str(repository)]
+    ports = ["--port", "0", "--metrics-port", "0"]
+    return subprocess.run(
+        [*command, *ports, *flags],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def assert_one_line(
+    result: subprocess.CompletedProcess[str], expected: str, log_lines: bool = False
+) -> None:
+    lines = result.stderr.splitlines()
+    assert result.returncode != 0
+    assert result.stdout == ""
+    assert lines[-1].startswith("gateway: ")
+    assert expected in lines[-1]
+    assert "Traceback" not in result.stderr
+    if not log_lines:
+        assert len(lines) == 1, result.stderr
