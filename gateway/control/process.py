@@ -36,7 +36,8 @@ class Child:
         self.channel, theirs = Channel.pair()
         fd = theirs.fileno()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, "--channel", str(fd), *arguments],
+            # -P: the working directory is no place to import from.
+            [sys.executable, "-P", "-m", module, "--channel", str(fd), *arguments],
             pass_fds=[fd],
             stdin=subprocess.DEVNULL,
             env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},

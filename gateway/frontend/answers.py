@@ -11,7 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
-from gateway.errors import GatewayError, TooLarge
+from gateway.errors import GatewayError
 from gateway.protocols import jsontext
 from gateway.serving.routes import Version
 
@@ -27,7 +27,7 @@ DRAINING = web.AppKey("draining", asyncio.Event)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:/+=@-]{1,128}")
 
-_HTTP_TEXT = {404: "Not Found", 405: "Method Not Allowed", 413: "Request Entity Too Large"}
+_HTTP_TEXT = {404: "Not Found", 405: "Method Not Allowed"}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -47,11 +47,7 @@ def error_answer(error: GatewayError) -> web.Response:
     return answer
 
 
-def _http_error_answer(error: web.HTTPException, max_request_bytes: int) -> web.StreamResponse:
-    if error.status == 413:
-        return error_answer(
-            TooLarge(f"the body is larger than max_request_bytes ({max_request_bytes})")
-        )
+def _http_error_answer(error: web.HTTPException) -> web.StreamResponse:
     answer = json_answer({"error": _HTTP_TEXT.get(error.status, error.reason)}, error.status)
     if "Allow" in error.headers:
         answer.headers["Allow"] = error.headers["Allow"]
@@ -64,28 +60,24 @@ def request_id(request: web.BaseRequest) -> str:
     return given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
 
-def answering(max_request_bytes: int) -> Any:
-    """The middleware that turns every failure into JSON and sets the headers of every answer."""
-
-    @web.middleware
-    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
-        try:
-            answer = await handler(request)
-        except GatewayError as error:
-            answer = error_answer(error)
-        except web.HTTPException as error:
-            answer = _http_error_answer(error, max_request_bytes)
-        except (asyncio.CancelledError, ConnectionError):
-            raise
-        except Exception:
-            log.exception("a handler failed")
-            answer = error_answer(GatewayError("internal error"))
-        answer.headers["x-request-id"] = request_id(request)
-        version = request.get(VERSION)
-        if version is not None:
-            answer.headers["x-model-version"] = str(version.number)
-        if request.app[DRAINING].is_set():
-            answer.force_close()
-        return answer
-
-    return middleware
+@web.middleware
+async def answering(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Turns every failure into JSON and sets the headers of every answer."""
+    try:
+        answer = await handler(request)
+    except GatewayError as error:
+        answer = error_answer(error)
+    except web.HTTPException as error:
+        answer = _http_error_answer(error)
+    except (asyncio.CancelledError, ConnectionError):
+        raise
+    except Exception:
+        log.exception("a handler failed")
+        answer = error_answer(GatewayError("internal error"))
+    answer.headers["x-request-id"] = request_id(request)
+    version = request.get(VERSION)
+    if version is not None:
+        answer.headers["x-model-version"] = str(version.number)
+    if request.app[DRAINING].is_set():
+        answer.force_close()
+    return answer

@@ -9,8 +9,9 @@ from typing import TypeVar
 from aiohttp import web
 
 from gateway.clock import monotonic_ns
-from gateway.errors import GatewayError, InvalidRequest, TooLarge
+from gateway.errors import GatewayError
 from gateway.frontend.answers import VERSION
+from gateway.frontend.bodies import read_body
 from gateway.protocols.call import InferCall, OutputTensor, check_call
 from gateway.serving.dispatcher import deadline_ns
 from gateway.serving.request import Request, Timing
@@ -50,25 +51,19 @@ class Inference:
         arrived_ns = monotonic_ns()
         try:
             signature, _ = version.ready()
-            body = await self._read(http)
+            body = await read_body(http, self._max_request_bytes)
             call = parse(body, signature)
             check_call(call, signature, self._max_request_bytes)
-            return call, await self._batched(version, call, signature, arrived_ns, encode)
+            answer, timing = await self._batched(version, call, signature, arrived_ns, encode)
         except GatewayError as error:
             version.metrics.failed(error.status, monotonic_ns() - arrived_ns)
             raise
         except asyncio.CancelledError:
             version.metrics.failed(CLIENT_GONE, monotonic_ns() - arrived_ns)
             raise
-
-    async def _read(self, http: web.Request) -> bytes:
-        length = http.content_length
-        if length is not None and length > self._max_request_bytes:
-            raise TooLarge(f"the body is larger than max_request_bytes ({self._max_request_bytes})")
-        try:
-            return await http.read()
-        except web.RequestPayloadError:
-            raise InvalidRequest("the body could not be read to its end") from None
+        total_ns = monotonic_ns() - arrived_ns
+        version.metrics.answered(call.rows, total_ns, timing.queue_ns, timing.compute_ns)
+        return call, answer
 
     async def _batched(
         self,
@@ -77,16 +72,14 @@ class Inference:
         signature: Signature,
         arrived_ns: int,
         encode: Encode[T],
-    ) -> T:
+    ) -> tuple[T, Timing]:
         _, dispatcher = version.ready()  # again: the body may have taken long
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[tuple[T, Timing]] = asyncio.get_running_loop().create_future()
 
         def on_answer(outputs: Sequence[OutputTensor], timing: Timing) -> None:
             answer = encode(call, signature, list(outputs))
-            total_ns = monotonic_ns() - arrived_ns
-            version.metrics.answered(call.rows, total_ns, timing.queue_ns, timing.compute_ns)
             if not done.done():
-                done.set_result(answer)
+                done.set_result((answer, timing))
 
         def on_error(error: GatewayError) -> None:
             if not done.done():

@@ -55,6 +55,8 @@ class SupervisorLink:
         self._on_drain = on_drain
         self._on_orphaned = on_orphaned
         self._loop = asyncio.get_running_loop()
+        self.told = asyncio.Event()
+        """Set once the first routes are here: before that, every model would be unknown."""
         self._watched: dict[tuple[str, int, int], int] = {}  # pidfds by model, version, incarnation
 
     def start(self) -> None:
@@ -70,6 +72,7 @@ class SupervisorLink:
                 return
             if received is None:
                 self._loop.remove_reader(self._channel.fileno())
+                self.told.set()
                 self._on_orphaned()
                 return
             message, fds = received
@@ -85,6 +88,7 @@ class SupervisorLink:
                 self._worker_exited(message)
             case "routes":
                 self._routes.routes = dict(message["routes"])
+                self.told.set()
             case "drain":
                 self._on_drain()
             case unknown:

@@ -49,7 +49,7 @@ class Frontend:
         inference = Inference(options.max_request_bytes)
         app = self._application()
         health.add_to(app)
-        V2Handlers(routes, inference).add_to(app)
+        V2Handlers(routes, inference, options.max_request_bytes).add_to(app)
         TensorFlowHandlers(routes, inference).add_to(app)
         metrics_app = self._application()
         health.add_metrics_to(metrics_app)
@@ -57,6 +57,7 @@ class Frontend:
             self._channel, routes, metrics, options.lane_bytes, self._drain, self._orphaned
         )
         link.start()
+        await link.told.wait()
         runners = [
             await self._listen(app, data),
             await self._listen(metrics_app, metrics_socket),
@@ -70,7 +71,7 @@ class Frontend:
 
     def _application(self) -> web.Application:
         limit = self._options.max_request_bytes
-        app = web.Application(middlewares=[answering(limit)], client_max_size=limit)
+        app = web.Application(middlewares=[answering], client_max_size=limit)
         app[DRAINING] = self._draining
         return app
 
@@ -79,6 +80,7 @@ class Frontend:
         runner = web.AppRunner(
             app,
             access_log=None,
+            auto_decompress=False,  # `read_body` does
             handler_cancellation=True,  # a client that goes away takes its queued rows with it
             keepalive_timeout=options.keepalive_timeout_s,
             max_line_size=options.max_header_bytes,

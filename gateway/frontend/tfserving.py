@@ -35,7 +35,7 @@ class TensorFlowHandlers:
     def add_to(self, app: web.Application) -> None:
         """Register every route."""
         get, post = app.router.add_get, app.router.add_post
-        model = "/v1/models/{model:[^/:]+}"
+        model = "/v1/models/{model:[^/:]*}"  # an empty name is a bad name, not an unknown path
         for prefix in (
             model,
             model + "/versions/{version:[^/:]+}",

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from gateway.errors import Forbidden, InvalidRequest, UnsupportedMediaType
 from gateway.frontend.answers import VERSION, json_answer
+from gateway.frontend.bodies import read_body
 from gateway.frontend.inference import Inference
 from gateway.protocols import jsontext, messagepack, v2_documents, v2_infer
 from gateway.protocols.call import InferCall, OutputTensor
@@ -37,11 +38,13 @@ class V2Handlers:
     Args:
         routes: models and versions.
         inference: runs the inferences.
+        max_request_bytes: bounds the bodies of other requests, too.
     """
 
-    def __init__(self, routes: RouteTable, inference: Inference) -> None:
+    def __init__(self, routes: RouteTable, inference: Inference, max_request_bytes: int) -> None:
         self._routes = routes
         self._inference = inference
+        self._max_request_bytes = max_request_bytes
 
     def add_to(self, app: web.Application) -> None:
         """Register every route."""
@@ -51,7 +54,8 @@ class V2Handlers:
         post("/v2/repository/index", self.repository_index)
         post("/v2/repository/models/{model}/load", self.refuse_model_control)
         post("/v2/repository/models/{model}/unload", self.refuse_model_control)
-        for prefix in ("/v2/models/{model}", "/v2/models/{model}/versions/{version}"):
+        model = "/v2/models/{model:[^/]*}"  # an empty name is a bad name, not an unknown path
+        for prefix in (model, model + "/versions/{version}"):
             get(prefix, self.model_metadata)
             get(f"{prefix}/ready", self.model_ready)
             get(f"{prefix}/config", self.model_config)
@@ -108,7 +112,7 @@ class V2Handlers:
 
     async def repository_index(self, http: web.Request) -> web.Response:
         """Every version with its state; with ``{"ready": true}`` only those that are READY."""
-        body = await http.read()
+        body = await read_body(http, self._max_request_bytes)
         options = jsontext.loads(body) if body else {}
         if not isinstance(options, dict) or not isinstance(options.get("ready", False), bool):
             raise InvalidRequest('the body must be empty or {"ready": true|false}')

@@ -143,7 +143,7 @@ def lane_spec(signature: Signature, shape: Shape, lane_bytes: int) -> LaneSpec:
     """
     input_bytes, output_bytes = shape.input_bytes, shape.output_bytes
     if not has_fixed_dims(signature):
-        input_bytes, output_bytes = size_class(input_bytes), size_class(output_bytes)
+        input_bytes = output_bytes = size_class(max(input_bytes, output_bytes))
     slot_bytes = max(LINE, input_bytes, output_bytes)
     slot_count = max(MIN_SLOT_COUNT, min(MAX_SLOT_COUNT, lane_bytes // slot_bytes))
     dims = sum(len(spec.shape) - 1 for spec in signature.inputs)

@@ -27,8 +27,14 @@ class Server:
     """
 
     def __init__(
-        self, repository: Path, *flags: str, python: str = sys.executable, **env: str
+        self,
+        repository: Path,
+        *flags: str,
+        python: str = sys.executable,
+        cwd: Path | None = None,
+        **env: str,
     ) -> None:
+        self._cwd = cwd
         self.repository = repository
         self.url = self.metrics_url = ""
         self.lines: list[str] = []
@@ -59,6 +65,7 @@ class Server:
         """Start without waiting."""
         self.process = subprocess.Popen(
             self._command,
+            cwd=self._cwd,
             env=self._env,
             stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
