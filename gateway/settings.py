@@ -14,11 +14,10 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -31,16 +30,12 @@ from pydantic import (
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource
 
 from gateway.errors import ConfigurationError
+from gateway.yamlfile import read_yaml, shown
 
 ENV_PREFIX = "GATEWAY_"
 
-MAX_FILE_BYTES = 1 << 20
-"""Longest settings file that is read; a model named by mistake is refused instead of parsed."""
-
 MAX_VERSION = (1 << 63) - 1
 """Highest version of a model: int64, as in the protocols."""
-
-_MAX_SHOWN_CHARS = 80  # of a refused key or value that a message repeats
 
 # Variables (NAME=value) with our prefix that are no settings: setup.py's, and a trap. Kubernetes gives
 # every container variables for every Service of its namespace. For one called "gateway" they begin
@@ -59,7 +54,7 @@ def _unknown_key(keys: Collection[object], known: Collection[str]) -> str | None
     """Names the first key that is not known, and the one that was probably meant."""
     for key in keys:
         if key not in known:
-            return f"unknown key {_shown(key)}{_did_you_mean(key, known)}"
+            return f"unknown key {shown(key)}{_did_you_mean(key, known)}"
     return None
 
 
@@ -67,20 +62,6 @@ def _did_you_mean(key: object, known: Collection[str], spell: Callable[[str], st
     name = key.lower().replace("-", "_") if isinstance(key, str) else ""
     close = difflib.get_close_matches(name, known, n=1)
     return f" (did you mean {spell(close[0])!r}?)" if close else ""
-
-
-def _shown(value: object) -> str:
-    """A value as the file had it, on one line, control characters escaped, of bounded length."""
-    if isinstance(value, Mapping):
-        return "a mapping"
-    if isinstance(value, list | tuple | set):
-        return f"a list of {len(value)}"
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, int) and value.bit_length() > 64:
-        return "a number beyond 64 bits"  # Python refuses to print very long ones
-    text = repr(value)
-    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "…"
 
 
 def _between(low: int, high: int, kind: str = "a whole number") -> WrapValidator:
@@ -92,9 +73,9 @@ def _between(low: int, high: int, kind: str = "a whole number") -> WrapValidator
         except ValidationError:
             number = None
         if number is None:
-            raise ValueError(f"must be {kind} between {low} and {high}, got {_shown(value)}")
+            raise ValueError(f"must be {kind} between {low} and {high}, got {shown(value)}")
         if not low <= number <= high:
-            raise ValueError(f"must be between {low} and {high}, got {_shown(number)}")
+            raise ValueError(f"must be between {low} and {high}, got {shown(number)}")
         return number
 
     return WrapValidator(check)
@@ -105,7 +86,7 @@ def _must(hold: Callable[[Any], object], expected: str) -> Callable[[Any], Any]:
 
     def check(value: Any) -> Any:
         if not hold(value):
-            raise ValueError(f"must be {expected}, got {_shown(value)}")
+            raise ValueError(f"must be {expected}, got {shown(value)}")
         return value
 
     return check
@@ -178,7 +159,7 @@ def _read_version_policy(value: Any) -> Any:
             raise ValueError(problem)
         if len(value) == 1:
             return (Latest if "latest" in value else Specific).model_validate(value)
-    raise ValueError(f"must be {{latest: N}}, {{specific: [N, …]}} or all, got {_shown(value)}")
+    raise ValueError(f"must be {{latest: N}}, {{specific: [N, …]}} or all, got {shown(value)}")
 
 
 VersionPolicy = Annotated[Latest | Specific | Literal["all"], BeforeValidator(_read_version_policy)]
@@ -212,9 +193,9 @@ def load_model_settings(path: Path) -> ModelSettings:
     Raises:
         ConfigurationError: one line that names the model, the key and what it must be.
     """
-    where = f"config.yaml of model {_shown(path.parent.name)}"
+    where = f"config.yaml of model {shown(path.parent.name)}"
     try:
-        return ModelSettings.model_validate(_read_yaml(path, where))
+        return ModelSettings.model_validate(read_yaml(path, where))
     except ValidationError as error:
         raise ConfigurationError(f"{where}: {_explain(error)}") from None
 
@@ -256,6 +237,12 @@ class ServerSettings(BaseSettings, frozen=True, extra="forbid", use_attribute_do
     """The least important log line that is written."""
     log_format: Literal["text", "json"] = "text"
     """Form of a log line: text for people, json for machines."""
+
+    @model_validator(mode="after")
+    def _lane_holds_the_largest_request(self) -> ServerSettings:
+        if self.lane_bytes < self.max_request_bytes:
+            raise ValueError("lane_bytes must be at least max_request_bytes: rows share a slot")
+        return self
 
     @classmethod
     def settings_customise_sources(
@@ -306,7 +293,7 @@ def _from_environment(environ: Mapping[str, str]) -> dict[str, Any]:
         if name not in fields:
             # Compared without the prefix: sharing that much would make any name look alike.
             hint = _did_you_mean(name.removeprefix(ENV_PREFIX), fields.values(), _variable)
-            raise ConfigurationError(f"unknown environment variable {_shown(name)}{hint}")
+            raise ConfigurationError(f"unknown environment variable {shown(name)}{hint}")
         found[fields[name]] = value
     return found
 
@@ -315,62 +302,11 @@ def _from_file(config: Any) -> dict[str, Any]:
     """The settings in the YAML file, none without one. ConfigurationError for an unknown key."""
     if not isinstance(config, str | Path) or config == "":
         return {}  # not given, or refused by the model itself
-    where = f"settings file {_shown(str(config))}"
-    content = _read_yaml(Path(config), where)
+    where = f"settings file {shown(str(config))}"
+    content = read_yaml(Path(config), where)
     if problem := _unknown_key(content, ServerSettings.model_fields.keys() - {"config"}):
         raise ConfigurationError(f"{where}: {problem}")
     return content
-
-
-# A file's own errors, and what PyYAML raises for a value that contradicts its tag (2024-13-01,
-# !!bool maybe) and for lists in lists without end.
-_UNREADABLE = (OSError, ValueError, ArithmeticError, AttributeError, LookupError, RecursionError)
-
-
-def _read_yaml(path: Path, where: str) -> dict[Any, Any]:
-    """The mapping in a YAML file, empty for an empty file. Errors are one line after ``where``."""
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-        if len(raw) > MAX_FILE_BYTES:
-            raise ValueError(f"longer than {MAX_FILE_BYTES} bytes")
-        text = raw.decode("utf-8")
-        for key, line in _duplicate_keys(yaml.compose(text, Loader=yaml.SafeLoader)):
-            raise ConfigurationError(f"{where}: line {line}: duplicate key {_shown(key)}")
-        content = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        place = f"line {error.problem_mark.line + 1}" if error.problem_mark else "somewhere"
-        problem = " ".join(f"{error.context or ''} {error.problem}".split())
-        raise ConfigurationError(f"{where}: {place}: {problem}") from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise ConfigurationError(f"{where}: line {line}: {error.reason}") from None
-    except _UNREADABLE as error:
-        reason = getattr(error, "strerror", None) or " ".join(f"{error}".split())
-        raise ConfigurationError(f"{where}: cannot be read: {reason}") from None
-    if not isinstance(content, dict | None):
-        raise ConfigurationError(f"{where}: must be a mapping of keys, got {_shown(content)}")
-    return content or {}
-
-
-def _duplicate_keys(root: yaml.Node | None) -> Iterator[tuple[str, int]]:
-    """Keys that a mapping holds twice, with their lines. `yaml.safe_load` lets the last one win."""
-    pending, visited = [root], set[int]()
-    while pending:
-        node = pending.pop()
-        if id(node) in visited:  # an alias, perhaps to one of its own parents
-            continue
-        visited.add(id(node))
-        if isinstance(node, yaml.SequenceNode):
-            pending.extend(node.value)
-        elif isinstance(node, yaml.MappingNode):
-            seen = set[tuple[str, str]]()
-            for key, value in node.value:
-                pending.append(value)
-                if isinstance(key, yaml.ScalarNode):
-                    if (key.tag, key.value) in seen:
-                        yield key.value, key.start_mark.line + 1
-                    seen.add((key.tag, key.value))
 
 
 _EXPECTED = {
@@ -392,7 +328,7 @@ def _explain(error: ValidationError) -> str:
     elif kind == "missing":
         text = "is required: set it by flag, environment or settings file"
     elif expected := context.get("expected", _EXPECTED.get(kind)):
-        text = f"must be {expected}, got {_shown(value)}"
+        text = f"must be {expected}, got {shown(value)}"
     else:
         text = " ".join(problem["msg"].split())
     path = ".".join(str(step) for step in problem["loc"])

@@ -40,6 +40,7 @@ class Child:
             [sys.executable, "-P", "-m", module, "--channel", str(fd), *arguments],
             pass_fds=[fd],
             stdin=subprocess.DEVNULL,
+            process_group=0,  # a terminal's Ctrl-C is the supervisor's to handle
             env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},
         )
         theirs.close()

@@ -177,6 +177,8 @@ class VersionSupervision:
             seat=seat.index,
             incarnation=seat.incarnation,
             orphan_grace_s=self._server.orphan_grace_s,
+            log_level=self._server.log_level,
+            log_format=self._server.log_format,
         )
 
     def _next_incarnation(self) -> int:

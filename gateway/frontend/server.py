@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import logging
-import signal
 import socket
 import sys
 
@@ -107,9 +106,6 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gateway-frontend")
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the channel")
     arguments = parser.parse_args(argv)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal's Ctrl-C is the supervisor's to handle
     if http_parser.HttpRequestParser is http_parser.HttpRequestParserPy:
         log.error("aiohttp's C parser is missing; its Python one is not safe to serve with")
         return 1

@@ -15,7 +15,6 @@ import argparse
 import logging
 import os
 import selectors
-import signal
 import sys
 import threading
 from collections import deque
@@ -30,6 +29,7 @@ from gateway.errors import LoadError
 from gateway.serving import geometry, memory, policy
 from gateway.serving.channel import Channel, Message
 from gateway.serving.session import Device, ModelSession, RunError
+from gateway.telemetry import logs
 
 log = logging.getLogger("gateway.worker")
 
@@ -287,15 +287,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the channel")
     parser.add_argument("--name", default="", help="what `ps` shows; not used")
     arguments = parser.parse_args(argv)
-    signal.signal(
-        signal.SIGINT, signal.SIG_IGN
-    )  # a terminal's Ctrl-C is the supervisor's to handle
-    logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
     supervisor = Channel.from_fd(arguments.channel)
     received = supervisor.receive()
     if received is None:
         return 0
     load, (board_fd,) = received
+    logs.configure(load["log_level"], load["log_format"])
     try:
         session = ModelSession(
             Path(load["path"]),

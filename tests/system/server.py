@@ -57,7 +57,12 @@ class Server:
     def start(self) -> Server:
         """Start and wait until it serves. AssertionError, with its output, if it ends instead."""
         self.launch()
-        match = self.wait_for(_SERVING)
+        try:
+            match = self.wait_for(_SERVING)
+        except AssertionError:
+            self.process.kill()
+            self.process.wait()
+            raise
         self.url, self.metrics_url = match[1], match[2]
         return self
 

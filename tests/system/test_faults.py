@@ -8,9 +8,11 @@ import signal
 
 import aiohttp
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper
 
-from tests.system.server import Server
+from tests.system.server import Server, command_line
 
 
 class Progress:
@@ -103,3 +105,86 @@ async def test_a_row_that_makes_run_raise_fails_alone(make_repository, position)
                 assert document["outputs"] == expected[i][1]["outputs"]
         statistics = stats["model_stats"][0]["inference_stats"]
         assert statistics["fail"]["count"] == 1
+
+
+def write_spinning_model(path) -> None:
+    """y = x + 1 after as many steps of a Loop as the largest x says: a hang at will."""
+    body = helper.make_graph(
+        [
+            helper.make_node("Identity", ["going"], ["goes_on"]),
+            helper.make_node("Tanh", ["state"], ["next"]),
+        ],
+        "body",
+        [
+            helper.make_tensor_value_info("i", TensorProto.INT64, []),
+            helper.make_tensor_value_info("going", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("state", TensorProto.FLOAT, [1]),
+        ],
+        [
+            helper.make_tensor_value_info("goes_on", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("next", TensorProto.FLOAT, [1]),
+        ],
+    )
+    nodes = [
+        helper.make_node("ReduceMax", ["x"], ["steps"], keepdims=0),
+        helper.make_node("Loop", ["steps", "", "start"], ["end"], body=body),
+        helper.make_node("Cast", ["end"], ["whole"], to=TensorProto.INT64),
+        helper.make_node("Add", ["x", "whole"], ["plus_nothing"]),
+        helper.make_node("Add", ["plus_nothing", "one"], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "spin",
+        [helper.make_tensor_value_info("x", TensorProto.INT64, ["n"])],
+        [helper.make_tensor_value_info("y", TensorProto.INT64, ["n"])],
+        [
+            helper.make_tensor("start", TensorProto.FLOAT, [1], [0.5]),
+            helper.make_tensor("one", TensorProto.INT64, [], [1]),
+        ],
+    )
+    path.parent.mkdir(parents=True)
+    onnx.save(
+        helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path
+    )
+
+
+async def test_a_request_that_hangs_every_worker_is_isolated(tmp_path):
+    """It shares a batch with five others, which all get their answers; the version stays up."""
+    write_spinning_model(tmp_path / "spin" / "1" / "model.onnx")
+    (tmp_path / "spin" / "config.yaml").write_text(
+        "max_batch_size: 8\nmax_queue_delay_us: 300000\nexecution_timeout_ms: 1000\n"
+    )
+    with Server(tmp_path) as server:
+
+        async def ask(session, value: int):
+            body = {"inputs": [{"name": "x", "datatype": "INT64", "shape": [1], "data": [value]}]}
+            async with session.post(f"{server.url}/v2/models/spin/infer", json=body) as answer:
+                return answer.status, await answer.json()
+
+        async with aiohttp.ClientSession() as session:
+            answers = await asyncio.gather(*(ask(session, v) for v in (1, 2, 10**15, 3, 4, 5)))
+            assert [status for status, _ in answers] == [200, 200, 500, 200, 200, 200]
+            assert "died" in answers[2][1]["error"]
+            for value, (_, document) in zip((1, 2, 0, 3, 4, 5), answers, strict=True):
+                if value:
+                    assert document["outputs"][0]["data"] == [value + 1]
+            assert (await ask(session, 7))[0] == 200
+
+
+async def test_a_crash_loop_fails_the_version(make_repository):
+    with Server(make_repository("echo", "mlp16")) as server:
+        url = f"{server.url}/v2/models/echo"
+        async with aiohttp.ClientSession() as session:
+            for death in range(1, 6):
+                (victim,) = (p for p in server.workers() if "echo/1#0" in command_line(p))
+                logged = len(server.lines)
+                os.kill(victim, signal.SIGKILL)
+                server.wait_for("killed by SIGKILL", after=logged)
+                async with asyncio.timeout(30):  # until the next one is up, or the version is not
+                    while (await session.get(f"{url}/ready")).status != 200 and death < 5:
+                        pass
+            server.wait_for("died 5 times without completing a batch")
+            answer = await session.post(f"{url}/infer", json=echo_request(1))
+            assert answer.status == 503
+            assert "Retry-After" in answer.headers
+            assert (await session.get(f"{server.url}/v2/models/mlp16/ready")).status == 200

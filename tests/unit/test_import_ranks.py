@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "gateway"
 
 RANKS = {
-    "errors": -1,  # every module may raise
+    "errors": -2,  # every module may raise
+    "yamlfile": -1,  # what settings are read from
     "settings": 0, "clock": 0, "tensors": 0, "_kernels": 0,
     "telemetry": 1, "protocols": 1,
     "serving": 2,

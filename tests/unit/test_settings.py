@@ -15,7 +15,6 @@ from pydantic import ValidationError
 from gateway.errors import ConfigurationError
 from gateway.settings import (
     ENV_PREFIX,
-    MAX_FILE_BYTES,
     MAX_VERSION,
     Instance,
     Latest,
@@ -26,6 +25,7 @@ from gateway.settings import (
     load_model_settings,
     load_server_settings,
 )
+from gateway.yamlfile import MAX_FILE_BYTES
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "settings.md"
 
@@ -130,6 +130,7 @@ def test_a_flag_that_is_false_was_given(environment):
 
 
 OTHER_VALUES = {
+    "max_request_bytes": 1 << 20,  # more than the default would not fit a lane
     "model_repository": "other",
     "host": "gateway.example",
     "log_level": "debug",
@@ -553,3 +554,8 @@ def test_every_setting_is_described_in_one_line(model):
         assert field.description, name
         assert field.description.isprintable()
         assert field.description.endswith(".")
+
+
+def test_a_lane_holds_the_largest_request(tmp_path):
+    with pytest.raises(ConfigurationError, match="lane_bytes must be at least max_request_bytes"):
+        load_server_settings(model_repository=tmp_path, max_request_bytes=1 << 30)
