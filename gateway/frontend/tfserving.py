@@ -40,13 +40,13 @@ class TensorFlowHandlers:
             model,
             model + "/versions/{version:[^/:]+}",
             model + "/labels/{label:[^/:]+}",
+            model + "/versions/{version:[^/:]+}/labels/{label:[^/:]+}",  # refused in words
         ):
             get(prefix, self.status)
             get(f"{prefix}/metadata", self.metadata)
             post(f"{prefix}:predict", self.predict)
             post(f"{prefix}:classify", self.no_such_signature)
             post(f"{prefix}:regress", self.no_such_signature)
-        post(model + "/versions/{version:[^/:]+}/labels/{label:[^/:]+}:predict", self.predict)
 
     def _resolve(self, http: web.Request) -> Version:
         info = http.match_info
