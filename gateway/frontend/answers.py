@@ -20,6 +20,9 @@ log = logging.getLogger("gateway.frontend")
 RETRY_AFTER_S = 1
 """What a refused client is told to wait: queues of this gateway drain in well under a second."""
 
+SERVER = "inference-gateway"
+"""What the Server header says: no versions for whoever looks for old ones."""
+
 VERSION = web.RequestKey("version", Version)
 """Set on a request once it reached a version."""
 
@@ -74,6 +77,7 @@ async def answering(request: web.Request, handler: Handler) -> web.StreamRespons
     except Exception:
         log.exception("a handler failed")
         answer = error_answer(GatewayError("internal error"))
+    answer.headers["Server"] = SERVER
     answer.headers["x-request-id"] = request_id(request)
     version = request.get(VERSION)
     if version is not None:

@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from mmap import mmap
 
 from gateway._kernels import ring
-from gateway.clock import NS_PER_S, NS_PER_US
+from gateway.clock import NS_PER_S, NS_PER_US, monotonic_ns
 from gateway.errors import DeadlineExceeded, GatewayError, InferenceFailed, QueueFull
 from gateway.serving import geometry
 from gateway.serving.channel import Channel
-from gateway.serving.lane import Lane, ShapeKey, Slot, materialise
-from gateway.serving.request import Request, State, Timer, Timing
+from gateway.serving.lane import Lane, materialise
+from gateway.serving.request import Request, ShapeKey, Slot, State, Timer, Timing
 from gateway.telemetry.metrics import VersionMetrics
 from gateway.tensors import Signature
 
@@ -93,7 +93,7 @@ class Dispatcher:
         self._call_later = call_later
         self._on_lane = on_lane
         self._on_convicted = on_convicted
-        self._lanes: dict[geometry.LaneSpec, Lane] = {}
+        self.lanes: list[Lane] = []  # by number
         self._shapes: dict[geometry.Dims, tuple[ShapeKey, Lane]] = {}
         self._next_shape_id = 0
         self._queue: deque[Request] = deque()
@@ -101,11 +101,6 @@ class Dispatcher:
         self._closed: set[Slot] = set()  # unsealed as far as known, and nothing more is appended
         self._in_flight = 0
         self._workers: dict[int, Channel] = {}  # by incarnation
-
-    @property
-    def lanes(self) -> list[Lane]:
-        """The lanes made so far."""
-        return list(self._lanes.values())
 
     @property
     def has_workers(self) -> bool:
@@ -130,7 +125,7 @@ class Dispatcher:
             self._queue.append(request)
         self._in_flight += 1
         if request.deadline_ns:
-            delay_s = (request.deadline_ns - request.arrived_ns) / NS_PER_S
+            delay_s = max(0, request.deadline_ns - monotonic_ns()) / NS_PER_S
             request.timer = self._call_later(delay_s, self.expire, request)
 
     def cancel(self, request: Request) -> None:
@@ -156,7 +151,7 @@ class Dispatcher:
 
     def fail_all(self, error: GatewayError) -> None:
         """End every request: the version is gone."""
-        placed = [r for lane in self._lanes.values() for slot in lane.slots for r in slot.requests]
+        placed = [r for lane in self.lanes for slot in lane.slots for r in slot.requests]
         for request in [*self._queue, *placed]:
             if request.state is not State.ENDED:
                 request.fail(error)
@@ -168,7 +163,7 @@ class Dispatcher:
     def worker_up(self, incarnation: int, channel: Channel) -> None:
         """A worker is ready: give it every lane."""
         self._workers[incarnation] = channel
-        for lane in self._lanes.values():
+        for lane in self.lanes:
             self._offer(lane, channel)
         self._pump()
 
@@ -177,7 +172,7 @@ class Dispatcher:
         channel = self._workers.pop(incarnation, None)
         if channel is not None:
             channel.close()
-        for lane in self._lanes.values():
+        for lane in self.lanes:
             for slot, phase in list(lane.held_by(incarnation)):
                 if phase == ring.SEALED:
                     self._rerun(lane, slot, incarnation)
@@ -190,7 +185,7 @@ class Dispatcher:
         """How a dead worker ended: judge the requests that were alone with it."""
         if signal_number not in BLAMING_SIGNALS and not timed_out:
             return
-        for lane in self._lanes.values():
+        for lane in self.lanes:
             for slot in lane.slots:
                 if slot.last_owner != incarnation or len(slot.requests) != 1:
                     continue
@@ -219,11 +214,11 @@ class Dispatcher:
 
     def close(self) -> None:
         """Give back every lane; requests must have been failed before."""
-        for lane in self._lanes.values():
+        for lane in self.lanes:
             lane.close()
         for channel in self._workers.values():
             channel.close()
-        self._lanes.clear()
+        self.lanes.clear()
         self._workers.clear()
 
     # Placing
@@ -260,10 +255,10 @@ class Dispatcher:
         capacity = geometry.capacity_of(self.signature, dims, self.limits.lane_bytes)
         shape = geometry.shape_of(self.signature, dims, capacity)
         spec = geometry.lane_spec(self.signature, shape, self.limits.lane_bytes)
-        lane = self._lanes.get(spec)
+        lane = next((lane for lane in self.lanes if lane.spec == spec), None)
         if lane is None:
-            lane = Lane(len(self._lanes), spec, self.signature, self._board)
-            self._lanes[spec] = lane
+            lane = Lane(len(self.lanes), spec, self.signature, self._board)
+            self.lanes.append(lane)
             lane.producer.arm()
             self._on_lane(lane)
             for channel in self._workers.values():
@@ -277,8 +272,12 @@ class Dispatcher:
 
     def _unsealed(self) -> list[Slot]:
         """Slots that no worker has taken, after a look; forgets the others."""
-        self._closed = {slot for slot in self._closed if _is_unsealed(slot)}
-        self._cursors = {id_: slot for id_, slot in self._cursors.items() if _is_unsealed(slot)}
+        self._closed = {s for s in self._closed if self.lanes[s.lane].is_unsealed(s)}
+        self._cursors = {
+            shape_id: s
+            for shape_id, s in self._cursors.items()
+            if self.lanes[s.lane].is_unsealed(s)
+        }
         return [*self._closed, *self._cursors.values()]
 
     def _pump(self) -> None:
@@ -294,12 +293,12 @@ class Dispatcher:
         if request.state is State.QUEUED:
             return True  # the pump skips what has ended
         slot = request.slot
-        if slot is None or not slot.lane.drop(slot, request):
+        if slot is None or not self.lanes[slot.lane].drop(slot, request):
             return False
         if slot.rows == 0:
             self._forget(slot)
         else:
-            slot.lane.producer.wake()
+            self.lanes[slot.lane].producer.wake()
         return True
 
     def _forget(self, slot: Slot) -> None:
@@ -372,10 +371,6 @@ class Dispatcher:
         self._release(lane, slot)
         self._queue.extendleft(reversed(live))
         self._pump()
-
-
-def _is_unsealed(slot: Slot) -> bool:
-    return slot.lane.producer.phase(slot.index) in (ring.OPEN, ring.RETRY)
 
 
 def deadline_ns(call_timeout_us: int | None, limits: Limits, arrived_ns: int) -> int:

@@ -9,47 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from mmap import mmap
-from typing import NamedTuple
 
 from gateway._kernels import decode, pack, ring
 from gateway.errors import InvalidRequest
 from gateway.protocols.call import InferCall, InputTensor, OutputTensor
 from gateway.serving import geometry, memory
-from gateway.serving.request import Request, State
+from gateway.serving.request import Request, ShapeKey, Slot, State
 from gateway.tensors import Signature
-
-
-class ShapeKey(NamedTuple):
-    """A shape and its number in the lane; workers cache by the number."""
-
-    id: int
-    shape: geometry.Shape
-
-
-_NO_SHAPE = ShapeKey(-1, geometry.Shape((), 0, (), 0, (), 0))
-
-
-class Slot:
-    """The private mirror of a slot: which requests its rows belong to."""
-
-    __slots__ = ("deaths", "index", "key", "lane", "last_owner", "requests", "rows", "solo")
-
-    def __init__(self, lane: Lane, index: int) -> None:
-        self.lane = lane
-        self.index = index
-        self.requests: list[Request] = []
-        self.rows = 0
-        self.key = _NO_SHAPE
-        self.solo = False
-        self.deaths = 0  # workers that died holding these rows
-        self.last_owner = 0  # the last of them
-
-    def clear(self) -> None:
-        """Forget the requests."""
-        self.requests = []
-        self.rows = 0
-        self.solo = False
-        self.deaths = self.last_owner = 0
 
 
 class Lane:
@@ -80,7 +46,7 @@ class Lane:
         memory.forbid_new_writers(self._inputs_fd)
         self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self.producer = ring.Producer(self._control, spec.slot_count, spec.dims_per_slot, board)
-        self.slots = [Slot(self, i) for i in range(spec.slot_count)]
+        self.slots = [Slot(number, i) for i in range(spec.slot_count)]
         # Last-in first-out: a small working set stays in cache, and in the workers' binding caches.
         self._free = list(reversed(self.slots))
 
@@ -88,6 +54,10 @@ class Lane:
     def fds(self) -> tuple[int, int, int, int]:
         """What a worker needs: control, inputs, outputs, bell."""
         return self._control_fd, self._inputs_fd, self._outputs_fd, self.bell
+
+    def is_unsealed(self, slot: Slot) -> bool:
+        """Whether no worker has taken the slot yet."""
+        return self.producer.phase(slot.index) in (ring.OPEN, ring.RETRY)
 
     def has_free_slot(self) -> bool:
         """Whether `open` can succeed."""
@@ -115,9 +85,7 @@ class Lane:
 
     def drop(self, slot: Slot, request: Request) -> bool:
         """Take a placed request out of its slot; False when a worker was first and it will run."""
-        if self.producer.phase(slot.index) not in (ring.OPEN, ring.RETRY):
-            return False
-        if not self.producer.edit(slot.index):
+        if not self.is_unsealed(slot) or not self.producer.edit(slot.index):
             return False
         tail = slot.rows - request.start - request.rows
         if tail:

@@ -1,17 +1,15 @@
-"""A request between decoding and its answer."""
+"""A request between decoding and its answer, and the slot that its rows are in."""
 
 from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import NamedTuple, Protocol
 
 from gateway.errors import GatewayError
 from gateway.protocols.call import InferCall, OutputTensor
-
-if TYPE_CHECKING:
-    from gateway.serving.lane import Slot
+from gateway.serving import geometry
 
 
 class State(enum.Enum):
@@ -120,3 +118,39 @@ class Request:
         """End with an error."""
         self.end()
         self.on_error(error)
+
+
+class ShapeKey(NamedTuple):
+    """A shape and its number in the lane; workers cache by the number."""
+
+    id: int
+    shape: geometry.Shape
+
+
+_NO_SHAPE = ShapeKey(-1, geometry.Shape((), 0, (), 0, (), 0))
+
+
+class Slot:
+    """A front end's mirror of a slot: the requests that its rows belong to, in their order.
+
+    ``lane`` is the number of its lane, ``index`` its place there.
+    """
+
+    __slots__ = ("deaths", "index", "key", "lane", "last_owner", "requests", "rows", "solo")
+
+    def __init__(self, lane: int, index: int) -> None:
+        self.lane = lane
+        self.index = index
+        self.requests: list[Request] = []
+        self.rows = 0
+        self.key = _NO_SHAPE
+        self.solo = False
+        self.deaths = 0  # workers that died holding these rows
+        self.last_owner = 0  # the last of them
+
+    def clear(self) -> None:
+        """Forget the requests."""
+        self.requests = []
+        self.rows = 0
+        self.solo = False
+        self.deaths = self.last_owner = 0

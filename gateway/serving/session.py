@@ -20,13 +20,14 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # wheels since 1.29 report to their m
 import onnxruntime as ort
 
 from gateway.errors import LoadError
-from gateway.serving.geometry import Shape
+from gateway.serving.geometry import Shape, shape_of
 from gateway.tensors import BY_ORT, Signature, TensorSpec
 
 DEFAULT_MAX_BATCH_SIZE = 64
 """Rows a batch where the graph allows batching and no setting says otherwise."""
 
-LOG_ERRORS_ONLY = 3
+LOG_FATAL_ONLY = 4
+"""What fails is raised as well; ONNX Runtime's own log would quote clients' values."""
 
 _ORT_TEXT = re.compile(r"\[ONNXRuntimeError\] : \d+ : (\w+)")
 _ORT_NODE = re.compile(r"while running (\w+) node")
@@ -87,7 +88,8 @@ class ModelSession:
         ort.disable_telemetry_events()
         self._session = _open(path, device, threads)
         self.signature = _signature(self._session, max_batch_size)
-        self.run_options = ort.RunOptions()
+        self._run_options = ort.RunOptions()
+        self._run_options.log_severity_level = LOG_FATAL_ONLY
 
     def bind(self, shape: Shape, rows: int, inputs_at: int, outputs_at: int) -> ort.IOBinding:
         """Bind a slot's regions, given by address, for batches of `rows` rows.
@@ -113,7 +115,7 @@ class ModelSession:
     def run(self, binding: ort.IOBinding) -> None:
         """Run a bound batch. Raises RunError when the model fails on it."""
         try:
-            self._session.run_with_iobinding(binding, self.run_options)
+            self._session.run_with_iobinding(binding, self._run_options)
         except Exception as error:  # ONNX Runtime raises classes of its own from C++
             raise RunError.from_runtime(error) from None
 
@@ -129,14 +131,14 @@ class ModelSession:
         """
         if any(not isinstance(d, int) for s in self.signature.inputs for d in s.shape[1:]):
             return False
+        dims = tuple(tuple(spec.wire_shape[1:]) for spec in self.signature.inputs)
         for rows in sorted({1, self.signature.max_batch_size}):
-            zeros = {
-                spec.name: np.zeros([rows, *spec.wire_shape[1:]], spec.datatype.dtype)
-                for spec in self.signature.inputs
-            }
+            shape = shape_of(self.signature, dims, rows)
+            inputs = np.zeros(max(1, shape.input_bytes), np.uint8)
+            outputs = np.empty(shape.output_bytes, np.uint8)
             try:
-                self._session.run(None, zeros, self.run_options)
-            except Exception as error:  # ONNX Runtime raises classes of its own from C++
+                self.run(self.bind(shape, rows, inputs.ctypes.data, outputs.ctypes.data))
+            except RunError as error:
                 raise LoadError(f"the warm-up with {rows} rows of zeros failed: {error}") from None
         return True
 
@@ -145,7 +147,7 @@ def _open(path: Path, device: Device, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = LOG_ERRORS_ONLY
+    options.log_severity_level = LOG_FATAL_ONLY
     # An idle server sleeps: spinning pool threads would burn a core between batches.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     providers: list[Any] = ["CPUExecutionProvider"]

@@ -38,8 +38,13 @@ class Scenario:
     """Of each lane, at least: rows keep coming until the last planned death."""
     window: int = 24
     """Rows that may be outstanding before more are sent."""
-    burst: int = 6
+    burst: tuple[int, int] = (1, 6)
+    """How many additions, of a row or a few, at a time."""
+    wake_each_chance: float = 0.5
+    """How often each addition is followed by a wake-up of its own, not the burst by one."""
     cancel_chance: float = 0.2
+    full_house: bool = False
+    """Send only while every seat has a living worker: the new one is there when work comes."""
     deaths: Sequence[Sequence[int]] = ()
     """For each seat, after how many atomic steps its incarnations die, one after the other."""
     patience_s: float = 20.0
@@ -170,7 +175,7 @@ class Fleet:
             if code != 0:
                 self.fail(f"a process ended with {code}")
 
-    def start(self, role: str, seed: int, stdout: int | None, **own: int | float) -> Any:
+    def start(self, role: str, seed: int, stdout: int | None, **own: Any) -> Any:
         arguments = {
             **self.shared,
             **own,
@@ -198,7 +203,9 @@ class Fleet:
             rows=scenario.rows,
             window=scenario.window,
             burst=scenario.burst,
+            wake_each_chance=scenario.wake_each_chance,
             cancel_chance=scenario.cancel_chance,
+            full_house=scenario.full_house,
         )
         self.front_ends.append(FrontEndProcess(process))
 

@@ -1,0 +1,169 @@
+"""A thousand clients at once, a tenth of which go away: every answer is its asker's own.
+
+For every limit on the batch size that there is a model for, and with requests of every number of rows
+from one to that limit. The clients are plain sockets, so that they can leave in the middle of anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import json
+import random
+import shutil
+
+import msgpack
+import numpy as np
+import pytest
+
+from tests.system import clients
+from tests.system.server import Server
+
+LIMITS = (1, 2, 3, 5, 7, 16, 33, 64)
+CLIENTS = 1000
+LEAVING = 100
+WIDTH = 16
+
+NO_ANSWER_S = 60
+"""A request that has no answer by then hangs."""
+
+
+class Leave(enum.Enum):
+    """When a client goes away."""
+
+    IN_REQUEST = enum.auto()  # a part of the body was sent
+    AT_ONCE = enum.auto()  # all was sent
+    IN_ANSWER = enum.auto()  # the first byte of the answer came
+
+
+@pytest.fixture(scope="module")
+def server(make_repository):
+    """One server with the model echo under each limit, as echo1, echo2, …"""
+    repository = make_repository("echo")
+    for limit in LIMITS:
+        shutil.copytree(repository / "echo", repository / f"echo{limit}")
+        (repository / f"echo{limit}" / "config.yaml").write_text(f"max_batch_size: {limit}\n")
+    shutil.rmtree(repository / "echo")
+    with Server(repository) as running:
+        yield running
+
+
+def rows_of(number: int, rows: int) -> np.ndarray:
+    """Rows that no other client sends, and whose doubles and sums are exact in FP32."""
+    first = np.float32(number) + CLIENTS * np.arange(rows, dtype=np.float32)
+    return first[:, None] + np.arange(WIDTH, dtype=np.float32)
+
+
+def request_of(model: str, number: int, x: np.ndarray) -> tuple[bytes, bytes]:
+    """Head and body of a request; every other client speaks msgpack."""
+    if number % 2:
+        kind, body = "application/json", json.dumps(clients.v2_document({"x": x})).encode()
+    else:
+        entry = clients.tensor("x", x, x.tobytes())
+        kind, body = "application/msgpack", msgpack.packb({"inputs": [entry]})
+    head = (
+        f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: test\r\nConnection: close\r\n"
+        f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
+    return head.encode(), body
+
+
+def outputs_of(answer: bytes) -> dict[str, np.ndarray]:
+    """The outputs in a whole HTTP answer, flat."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 "), answer
+    if b"application/msgpack" in head:
+        document = msgpack.unpackb(body)
+        return {o["name"]: np.frombuffer(o["data"], np.float32) for o in document["outputs"]}
+    return {o["name"]: np.array(o["data"], np.float32) for o in json.loads(body)["outputs"]}
+
+
+async def ask(
+    port: int, model: str, number: int, rows: int, leave: Leave | None, all_there
+) -> None:
+    """One client: connects, waits until all have, asks, and checks its answer or leaves."""
+    x = rows_of(number, rows)
+    head, body = request_of(model, number, x)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        await all_there.wait()
+        if leave is Leave.IN_REQUEST:
+            body = body[: number % len(body)]
+        writer.write(head + body)
+        await writer.drain()
+        if leave is Leave.IN_ANSWER:
+            await reader.readexactly(1)
+        if leave is None:
+            outputs = outputs_of(await reader.read())
+            np.testing.assert_array_equal(outputs["y"], (2 * x + 1).ravel())
+            np.testing.assert_array_equal(outputs["row_sum"], x.sum(axis=1))
+    finally:
+        writer.transport.abort()
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+async def test_a_thousand_clients_get_their_own_answers(server, limit):
+    model = f"echo{limit}"
+    chance = random.Random(limit)
+    leaving = {n: chance.choice(list(Leave)) for n in chance.sample(range(CLIENTS), LEAVING)}
+    all_there = asyncio.Barrier(CLIENTS)
+    rows = [1 + number % limit for number in range(CLIENTS)]
+    async with asyncio.timeout(NO_ANSWER_S), asyncio.TaskGroup() as group:
+        for number in range(CLIENTS):
+            group.create_task(
+                ask(server.port, model, number, rows[number], leaving.get(number), all_there)
+            )
+
+    async with clients.many_connections() as session:
+        await clients.until_queued(session, server.url, model, 0)
+        x = rows_of(1, limit)
+        async with session.post(
+            f"{server.url}/v2/models/{model}/infer", json=clients.v2_document({"x": x})
+        ) as answer:
+            assert answer.status == 200
+        entry, codes = await settled(session, server.url, model)
+
+    answered = CLIENTS - LEAVING + 1
+    counts = entry["inference_stats"]
+    assert set(codes) <= {"200", "499"}  # 499: the client went away
+    assert (codes["200"], codes.get("499", 0)) == (
+        counts["success"]["count"],
+        counts["fail"]["count"],
+    )
+    assert answered <= counts["success"]["count"]
+    assert counts["success"]["count"] + counts["fail"]["count"] <= CLIENTS + 1
+    batches = clients.batches(entry)
+    assert max(batches) <= limit
+    assert sum(batches.values()) == entry["execution_count"]
+    # Rows whose client left while they ran were run, but count as nobody's inference.
+    ran = sum(size * count for size, count in batches.items())
+    kept = sum(rows[n] for n in range(CLIENTS) if n not in leaving) + limit
+    assert kept <= entry["inference_count"] <= ran <= sum(rows) + limit
+
+
+async def settled(session, url: str, model: str) -> tuple[dict, dict[str, float]]:
+    """Statistics and statuses once no request of a client that left is on its way any more."""
+    async with asyncio.timeout(clients.DEADLINE_S):
+        while True:
+            entry = await clients.statistics(session, url, model)
+            codes = await answers_by_code(session, url, model)
+            if entry == await clients.statistics(session, url, model):
+                return entry, codes
+
+
+async def answers_by_code(session, url: str, model: str) -> dict[str, float]:
+    """``gateway_requests_total`` of a model, by status."""
+    async with session.get(f"{url}/metrics") as answer:
+        values = clients.samples(await answer.text())
+    found = {}
+    for (name, labels), value in values.items():
+        if name == "gateway_requests_total" and dict(labels)["model"] == model:
+            found[dict(labels)["code"]] = value
+    return found
+
+
+def test_no_worker_and_no_front_end_died_of_it(server):
+    log = "\n".join(server.lines)
+    assert "ERROR" not in log, log
+    assert "Traceback" not in log, log
+    assert len(server.workers()) == len(LIMITS)
