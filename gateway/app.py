@@ -10,10 +10,13 @@ from contextlib import ExitStack
 import uvloop
 
 from gateway.control import repository
-from gateway.control.supervisor import Supervisor, bind
+from gateway.control.supervisor import Supervisor
 from gateway.errors import ConfigurationError
 from gateway.settings import ServerSettings
 from gateway.telemetry import logs
+
+BACKLOG = 1024
+"""Connections that the kernel holds for a front end that is busy or being replaced."""
 
 
 def serve(settings: ServerSettings) -> None:
@@ -50,9 +53,15 @@ def check_runtime() -> None:
 
 
 def _listen(host: str, port: int, setting: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
-        return bind(host, port)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(BACKLOG)
     except OSError as error:
+        sock.close()
         raise ConfigurationError(
             f"{setting}: cannot listen on {host}:{port}: {error.strerror or error}"
         ) from None
+    return sock

@@ -1,7 +1,8 @@
 """The one error tree.
 
 Each class fixes its HTTP status, its machine-readable code and whether the same request may succeed
-when sent again. Messages are shown to clients: they say what was expected, what came and what to do,
+when sent again a little later.
+Messages are shown to clients: they say what was expected, what came and what to do,
 and never hold tensor data, paths, names of shared memory or client bytes (names that match their
 grammar excepted).
 """
@@ -92,7 +93,6 @@ class DeadlineExceeded(GatewayError):
 
     status = 504
     code = "deadline_exceeded"
-    retryable = True
 
 
 class ConfigurationError(GatewayError):
@@ -102,6 +102,14 @@ class ConfigurationError(GatewayError):
 
 
 class LoadError(GatewayError):
-    """A model version cannot be loaded; the message is the reason that operators see."""
+    """A model version cannot be loaded.
+
+    The message is the reason that clients may see; ``detail`` is what operators read in the log, where
+    it says more (ONNX Runtime's own text, which may name paths).
+    """
 
     code = "load_failed"
+
+    def __init__(self, message: str, detail: str = "") -> None:
+        super().__init__(message)
+        self.detail = detail or message

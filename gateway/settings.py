@@ -182,7 +182,7 @@ class ModelSettings(_Section):
     promote: Promote = "latest"
     """Whether the default route follows the newest version or is moved by hand."""
     execution_timeout_ms: Annotated[int, _between(1, 86_400_000)] = 30_000
-    """Time that one batch may run before its worker counts as hung."""
+    """Time that one batch may run before its worker counts as hung; looked at once a second."""
     warmup: bool = True
     """Whether a worker runs the model once before it takes requests."""
 
@@ -211,6 +211,10 @@ class ServerSettings(BaseSettings, frozen=True, extra="forbid", use_attribute_do
     """Address the data port listens on; 0.0.0.0 opens it to others."""
     port: Annotated[int, _between(0, 65535)] = 8000
     """Data port: inference, health; 0: any free port."""
+    metrics_host: Annotated[str, AfterValidator(_must(_is_host, "an address or a host name"))] = (
+        "127.0.0.1"
+    )
+    """Address the metrics port listens on."""
     metrics_port: Annotated[int, _between(0, 65535)] = 8002
     """Port of /metrics for Prometheus; 0: any free port."""
     strict_readiness: bool = False
@@ -228,11 +232,11 @@ class ServerSettings(BaseSettings, frozen=True, extra="forbid", use_attribute_do
     max_request_bytes: Annotated[int, _between(1 << 10, 1 << 32)] = 64 << 20
     """Longest request body, as sent and decompressed; beyond it 413."""
     max_header_bytes: Annotated[int, _between(1 << 10, 1 << 20)] = 16 << 10
-    """Longest request line and headers together."""
+    """Longest request line, and longest header; not their sum."""
     keepalive_timeout_s: Annotated[float, _between(1, 3600, "a number")] = 75.0
     """Time that an idle connection is kept open."""
     lane_bytes: Annotated[int, _between(1 << 20, 1 << 36)] = 64 << 20
-    """Shared memory for the inputs of one lane; bounds its slots."""
+    """Budget of a lane's inputs, and of its outputs: one row must fit, and 8 slots are the least."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least important log line that is written."""
     log_format: Literal["text", "json"] = "text"

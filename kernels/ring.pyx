@@ -54,7 +54,7 @@ cdef extern from "ring_layout.h" nogil:
         uint64_t open_bits[8]
         uint64_t done_bits[8]
     ctypedef struct gw_slot:
-        uint64_t word, oldest_ns, shape_id, capacity, started_ns, finished_ns
+        uint64_t word, oldest_ns, shape_id, capacity, complete, started_ns, finished_ns
     ctypedef struct gw_seat:
         uint32_t state, incarnation
         uint64_t batches, busy_since_ns
@@ -294,6 +294,7 @@ cdef class Producer:
         gw_poke64(&record.oldest_ns, oldest_ns)
         gw_poke64(&record.shape_id, shape_id)
         gw_poke64(&record.capacity, capacity)
+        gw_poke64(&record.complete, 0)
         self.mirror[slot].capacity = capacity
         self.publish(slot, GW_OPEN, rows)
 
@@ -312,6 +313,14 @@ cdef class Producer:
             m.rows += rows
             return True
         return False
+
+    def complete(self, Py_ssize_t slot):
+        """Say that nothing more will join an OPEN slot, so that no worker holds it back for more.
+
+        The caller wakes a worker afterwards: one may be holding it.
+        """
+        self.require(slot, GW_OPEN, "complete")
+        gw_store64(&self.control.slot(slot).complete, 1)
 
     def edit(self, Py_ssize_t slot):
         """Take an OPEN or RETRY slot out of the workers' reach; False when a worker was first.
@@ -487,10 +496,11 @@ cdef class Consumer:
         lane.close()
 
     def best(self):
-        """The slot to run next: RETRY before OPEN, then the one with the oldest row.
+        """The slot to run next: RETRY first, then complete ones, then the one with the oldest row.
 
-        Returns (key, slot, word, rows, capacity, oldest_ns, shape_id, is_retry) or None. Only `seal`
-        with that word says whether it is still so.
+        Returns (key, slot, word, rows, capacity, oldest_ns, shape_id, is_complete) or None; a slot is
+        complete when it is full, marked so, or a RETRY. Only `seal` with that word says whether it is
+        still so.
         """
         cdef _Control lane
         cdef gw_slot *record
@@ -498,8 +508,7 @@ cdef class Consumer:
         cdef uint64_t bits, word, oldest
         cdef uint64_t best_word = 0, best_oldest = 0
         cdef Py_ssize_t best_slot = -1
-        cdef unsigned phase
-        cdef bint better
+        cdef int rank, best_rank = -1
         best_key = best_lane = None
         for key, lane_ in self.lanes.items():
             lane = <_Control>lane_
@@ -512,21 +521,22 @@ cdef class Consumer:
                         break
                     record = lane.slot(slot)
                     word = gw_load64(&record.word)
-                    phase = GW_PHASE(word)
-                    if phase != GW_OPEN and phase != GW_RETRY:
+                    if GW_PHASE(word) == GW_RETRY:
+                        rank = 2
+                    elif GW_PHASE(word) == GW_OPEN:
+                        rank = (GW_ROWS(word) >= gw_peek64(&record.capacity)
+                                or gw_load64(&record.complete) != 0)
+                    else:
                         continue
                     oldest = gw_peek64(&record.oldest_ns)
-                    better = (phase == GW_RETRY) > (GW_PHASE(best_word) == GW_RETRY)
-                    if (phase == GW_RETRY) == (GW_PHASE(best_word) == GW_RETRY):
-                        better = oldest < best_oldest
-                    if best_slot < 0 or better:
-                        best_slot, best_word, best_oldest = slot, word, oldest
+                    if rank > best_rank or (rank == best_rank and oldest < best_oldest):
+                        best_slot, best_word, best_oldest, best_rank = slot, word, oldest, rank
                         best_key, best_lane = key, lane
         if best_slot < 0:
             return None
         record = (<_Control>best_lane).slot(best_slot)
         return (best_key, best_slot, best_word, GW_ROWS(best_word), gw_peek64(&record.capacity),
-                best_oldest, gw_peek64(&record.shape_id), GW_PHASE(best_word) == GW_RETRY)
+                best_oldest, gw_peek64(&record.shape_id), best_rank > 0)
 
     def seal(self, key, Py_ssize_t slot, uint64_t word, uint64_t now_ns):
         """Take the slot as `best` saw it; False when it has changed since.

@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 #define GW_MAGIC 0x474e5247u /* "GRNG" */
-#define GW_LAYOUT 1u
+#define GW_LAYOUT 2u
 #define GW_MAX_SLOTS 512
 #define GW_BITMAP_WORDS (GW_MAX_SLOTS / 64)
 #define GW_LINE 64
@@ -39,7 +39,8 @@ typedef struct {
     uint64_t oldest_ns;  /* when its first row was appended */
     uint64_t shape_id;   /* same id, same dims: the worker's cache key */
     uint64_t capacity;   /* rows this shape may fill; also the stride of the inputs' offsets */
-    uint8_t pad0[GW_LINE - 32];
+    uint64_t complete;   /* nothing will be appended any more: not worth holding back */
+    uint8_t pad0[GW_LINE - 40];
     uint64_t started_ns, finished_ns;
     uint8_t pad1[GW_LINE - 16];
 } gw_slot;

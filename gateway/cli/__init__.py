@@ -22,6 +22,7 @@ def cli() -> None:
 @click.option("--model-repository", metavar="DIR", help="Folder of <model>/<version>/model.onnx.")
 @click.option("--host", metavar="H", help="Address of the data port [127.0.0.1].")
 @click.option("--port", metavar="N", help="Data port [8000].")
+@click.option("--metrics-host", metavar="H", help="Address of the metrics port [127.0.0.1].")
 @click.option("--metrics-port", metavar="N", help="Port of /metrics [8002].")
 @click.option("--config", metavar="FILE", help="YAML file with any of the server's settings.")
 @click.option("--strict-readiness", is_flag=True, default=None, help="A failed model is unready.")

@@ -7,7 +7,10 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from typing import Any
 
 from gateway.serving.channel import Channel, Message
 
@@ -21,6 +24,9 @@ class Child:
         on_message: called with each message and its descriptors, which it owns.
         on_exit: called once, after the process was reaped, with its exit status as
             `subprocess.Popen.returncode` has it: negative for a signal.
+
+    Raises:
+        OSError: no process, memory or descriptors for it; nothing is left behind.
     """
 
     def __init__(
@@ -33,22 +39,55 @@ class Child:
         self._on_message = on_message
         self._on_exit = on_exit
         self._loop = asyncio.get_running_loop()
-        self.channel, theirs = Channel.pair()
-        fd = theirs.fileno()
-        self._process = subprocess.Popen(
-            # -P: the working directory is no place to import from.
-            [sys.executable, "-P", "-m", module, "--channel", str(fd), *arguments],
-            pass_fds=[fd],
-            stdin=subprocess.DEVNULL,
-            process_group=0,  # a terminal's Ctrl-C is the supervisor's to handle
-            env={**os.environ, "ORT_DISABLE_TELEMETRY": "1"},
-        )
-        theirs.close()
-        self.pid = self._process.pid
-        self.pidfd = os.pidfd_open(self.pid)
-        self.channel.setblocking(False)
+        self._unsent: deque[tuple[str, list[int], dict[str, Any]]] = deque()
+        with ExitStack() as undo:
+            self._channel, theirs = Channel.pair()
+            undo.callback(self._channel.close)
+            with closing(theirs):
+                fd = theirs.fileno()
+                self._process = subprocess.Popen(
+                    # -P: the working directory is no place to import from.
+                    [sys.executable, "-P", "-m", module, "--channel", str(fd), *arguments],
+                    pass_fds=[fd],
+                    stdin=subprocess.DEVNULL,
+                    process_group=0,  # a terminal's Ctrl-C is the supervisor's to handle
+                )
+            undo.callback(self._process.wait)
+            undo.callback(self._process.kill)
+            self.pid = self._process.pid
+            self.pidfd = os.pidfd_open(self.pid)
+            undo.pop_all()
+        self._channel.setblocking(False)
         self._loop.add_reader(self.pidfd, self._on_dead)
-        self._loop.add_reader(self.channel.fileno(), self._on_readable)
+        self._loop.add_reader(self._channel.fileno(), self._on_readable)
+
+    def send(self, op: str, fds: Sequence[int] = (), **fields: Any) -> None:
+        """Send a message, in order, now or when the child has room for it; lost if it has ended.
+
+        The caller keeps its descriptors and may close them at once.
+        """
+        if not self._unsent and self._try_send(op, fds, fields):
+            return
+        if not self._unsent:
+            self._loop.add_writer(self._channel.fileno(), self._on_writable)
+        self._unsent.append((op, [os.dup(fd) for fd in fds], fields))
+
+    def _try_send(self, op: str, fds: Sequence[int], fields: dict[str, Any]) -> bool:
+        try:
+            self._channel.send(op, fds, **fields)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _on_writable(self) -> None:
+        while self._unsent:
+            op, fds, fields = self._unsent[0]
+            if not self._try_send(op, fds, fields):
+                return
+            self._unsent.popleft()
+            for fd in fds:
+                os.close(fd)
+        self._loop.remove_writer(self._channel.fileno())
 
     @property
     def is_alive(self) -> bool:
@@ -61,21 +100,25 @@ class Child:
             signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
 
     def _on_readable(self) -> None:
-        while self.channel.fileno() >= 0:
+        while True:
             try:
-                received = self.channel.receive()
+                received = self._channel.receive()
             except BlockingIOError:
                 return
             if received is None:
-                self._loop.remove_reader(self.channel.fileno())
+                self._loop.remove_reader(self._channel.fileno())
                 return
             self._on_message(*received)
 
     def _on_dead(self) -> None:
         self._on_readable()  # its last words
         self._loop.remove_reader(self.pidfd)
-        self._loop.remove_reader(self.channel.fileno())
+        self._loop.remove_reader(self._channel.fileno())
+        self._loop.remove_writer(self._channel.fileno())
         status = self._process.wait()
         os.close(self.pidfd)
-        self.channel.close()
+        self._channel.close()
+        for _op, fds, _fields in self._unsent:
+            for fd in fds:
+                os.close(fd)
         self._on_exit(status)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import signal
 import socket
 from collections.abc import Iterable
@@ -18,12 +17,13 @@ from gateway.control.process import Child
 from gateway.control.repository import ModelEntry, choose, routed_version
 from gateway.control.version import (
     BACKOFF_S,
+    SPAWN_AGAIN_S,
     Seat,
     VersionObserver,
     VersionSupervision,
     describe_exit,
 )
-from gateway.errors import LoadError
+from gateway.errors import GatewayError, LoadError
 from gateway.serving.channel import Channel, Message
 from gateway.serving.options import FrontendOptions
 from gateway.serving.routes import VersionState
@@ -60,17 +60,20 @@ class Supervisor:
         self._sockets = (data, metrics)
         self._frontend: Child | None = None
         self._frontend_deaths = 0
+        self._has_served = False  # a front end has come up once
+        self._told_routes: dict[str, int] = {}
         self._versions: dict[tuple[str, int], VersionSupervision] = {}
         self._stopping = False
         self._stopped = asyncio.Event()
         self._started = asyncio.Event()
-        self._load_error: LoadError | None = None
+        self._start_error: GatewayError | None = None
 
     async def run(self) -> None:
         """Start everything, serve until SIGTERM or SIGINT, drain, and leave no process behind.
 
         Raises:
             LoadError: a version cannot be loaded at start and ``exit_on_error`` is set.
+            GatewayError: the front end cannot be started.
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -90,8 +93,8 @@ class Supervisor:
         self._check_started()
         await self._stopped.wait()
         watch.cancel()
-        if self._load_error is not None:
-            raise self._load_error
+        if self._start_error is not None:
+            raise self._start_error
 
     async def _watch(self) -> None:
         while True:
@@ -108,33 +111,48 @@ class Supervisor:
         options = FrontendOptions(
             **{name: getattr(settings, name) for name in FrontendOptions.__dataclass_fields__}
         )
-        frontend = Child(
-            "gateway.frontend.server", [], self._on_frontend_message, self._on_frontend_exit
+        try:
+            frontend = Child(
+                "gateway.frontend.server", [], self._on_frontend_message, self._on_frontend_exit
+            )
+        except OSError as error:
+            log.error("cannot start a front end: %s; trying again", error)
+            asyncio.get_running_loop().call_later(SPAWN_AGAIN_S, self._start_frontend)
+            return
+        frontend.send(
+            "configure", [sock.fileno() for sock in self._sockets], options=options.to_wire()
         )
-        fds = tuple(sock.fileno() for sock in self._sockets)
-        frontend.channel.send("configure", fds, options=options.to_wire())
         self._frontend = frontend
         for version in self._versions.values():
-            self._tell_state(version)
-            for seat in version.ready_seats():
-                self._on_worker(version, seat)
-        self._tell_routes()
+            self._tell_version(version)
+        self._tell("routes", routes=self._told_routes)
 
     def _on_frontend_message(self, message: Message, _fds: list[int]) -> None:
         if message["op"] == "serving":
             self._frontend_deaths = 0
+            self._has_served = True
             self._check_started()
             return
         version = self._versions[(message["model"], message["version"])]
-        if message["op"] == "reclaimed":
-            version.reclaimed(message["incarnation"])
-        elif message["op"] == "convicted":
-            version.convicted()
+        match message["op"]:
+            case "reclaimed":
+                version.reclaimed(message["incarnation"])
+            case "convicted":
+                version.convicted()
+            case "again" if "instance" in message:
+                self._on_worker(version, version.seats[message["instance"]])
+            case "again":
+                self._tell_version(version)
 
     def _on_frontend_exit(self, status: int) -> None:
         self._frontend = None
+        for version in self._versions.values():
+            version.frontend_gone()
         if self._stopping:
             self._stop_workers()
+            return
+        if not self._has_served:
+            self._fail_start(GatewayError(f"the front end {describe_exit(status)} at its start"))
             return
         pause_s = BACKOFF_S[min(self._frontend_deaths, len(BACKOFF_S) - 1)]
         self._frontend_deaths += 1
@@ -143,7 +161,12 @@ class Supervisor:
 
     def _tell(self, op: str, fds: tuple[int, ...] = (), **fields: object) -> None:
         if self._frontend is not None:
-            self._frontend.channel.send(op, fds, **fields)
+            self._frontend.send(op, fds, **fields)
+
+    def _tell_version(self, version: VersionSupervision) -> None:
+        self._tell_state(version)
+        for seat in version.ready_seats():
+            self._on_worker(version, seat)
 
     def _tell_state(self, version: VersionSupervision) -> None:
         fields: dict[str, object] = {}
@@ -173,16 +196,24 @@ class Supervisor:
         )
 
     def _tell_routes(self) -> None:
+        """Publish the routes where they have changed.
+
+        ``promote: latest`` leads to the newest version that is READY; ``manual`` to the first one, and
+        nowhere while that is not READY: no other gets traffic by its misfortune.
+        """
         routes = {}
         for model in self._models:
-            numbers = [
-                number
-                for (name, number), version in self._versions.items()
-                if name == model.name and version.state is VersionState.READY
-            ]
-            if numbers:
-                routes[model.name] = routed_version(numbers, model.settings.promote)
-        self._tell("routes", routes=routes)
+            versions = [v for (name, _), v in self._versions.items() if name == model.name]
+            ready = {v.number for v in versions if v.state is VersionState.READY}
+            is_manual = model.settings.promote == "manual"
+            candidates = {v.number for v in versions} if is_manual else ready
+            if candidates:
+                number = routed_version(candidates, model.settings.promote)
+                if number in ready:
+                    routes[model.name] = number
+        if routes != self._told_routes:
+            self._told_routes = routes
+            self._tell("routes", routes=routes)
 
     # Versions and workers
 
@@ -191,18 +222,17 @@ class Supervisor:
         self._tell_routes()
         if version.state is VersionState.FAILED:
             text = f"model '{version.model}' version {version.number} cannot be served: "
-            log.error("%s%s", text, version.reason)
+            log.error("%s%s", text, version.detail)
             if not self._started.is_set() and self._settings.exit_on_error:
-                self._load_error = self._load_error or LoadError(text + version.reason)
-                self._stop_now()
+                self._fail_start(LoadError(text + version.detail))
         self._check_started()
 
     def _on_worker(self, version: VersionSupervision, seat: Seat) -> None:
         """A worker is ready: connect it and the front end."""
-        if self._frontend is None or seat.child is None:
+        if self._frontend is None or seat.child is None or not seat.is_loaded:
             return
         ours, theirs = Channel.pair()
-        seat.child.channel.send("frontend", (theirs.fileno(),))
+        seat.child.send("frontend", (theirs.fileno(),))
         self._tell(
             "worker_up",
             (seat.child.pidfd, ours.fileno()),
@@ -233,7 +263,7 @@ class Supervisor:
 
     def _check_started(self) -> None:
         """Say once that the server is ready, and where."""
-        if self._started.is_set() or self._stopping or self._frontend is None:
+        if self._started.is_set() or self._stopping or not self._has_served:
             return
         if any(version.is_loading for version in self._versions.values()):
             return
@@ -257,10 +287,13 @@ class Supervisor:
             self._tell("drain")
         else:
             self._stop_workers()
+        for sock in self._sockets:
+            sock.close()  # once the front end closes its own, new connections are refused
 
-    def _stop_now(self) -> None:
+    def _fail_start(self, error: GatewayError) -> None:
         """The start has failed: there is nothing to drain."""
         if not self._stopping:
+            self._start_error = error
             self._stopping = True
             self._kill()
 
@@ -292,18 +325,3 @@ def _policy_document(policy: Latest | Specific | str) -> dict[str, object] | str
 def _address(sock: socket.socket) -> str:
     host, port = sock.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """A bound and listening socket. OSError when the address is taken or not this machine's."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-        sock.listen(1024)
-    except OSError:
-        sock.close()
-        raise
-    os.set_inheritable(sock.fileno(), False)
-    return sock

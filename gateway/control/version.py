@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from mmap import mmap
 
 from gateway._kernels import ring
-from gateway.clock import NS_PER_MS, monotonic_ns
+from gateway.clock import NS_PER_MS, NS_PER_S, monotonic_ns
 from gateway.control.process import Child
 from gateway.control.repository import VersionEntry
 from gateway.serving import memory
@@ -25,7 +25,15 @@ BACKOFF_S = (0.0, 1.0, 2.0, 3.0, 5.0)
 """Pause before a worker is started anew, by deaths without a completed batch between them."""
 
 CRASH_LOOP_DEATHS = 5
-"""Deaths without a completed batch between them that make a version FAILED."""
+"""Deaths in one seat, without a completed batch of the version between them, that make it FAILED.
+
+Counted by seat: many workers that die at once (the OOM killer, an operator) are not a loop."""
+
+HEALTHY_S = 60.0
+"""A worker that lived so long was no part of a crash loop, idle as it may have been."""
+
+SPAWN_AGAIN_S = 1.0
+"""Pause before another attempt where the system had no process or descriptors for a worker."""
 
 _MOVES = {
     VersionState.LOADING: {VersionState.WARMING, VersionState.READY, VersionState.FAILED},
@@ -46,6 +54,10 @@ class Seat:
     is_loaded: bool = False
     starts: int = 0
     timed_out: bool = False
+    deaths: int = 0  # since the version completed a batch
+    completed: int = 0  # batches of the version when this seat's last worker died
+    started_ns: int = 0
+    load_timer: asyncio.TimerHandle | None = None
 
 
 class VersionSupervision:
@@ -71,7 +83,7 @@ class VersionSupervision:
         self.number = entry.version
         self.settings = settings
         self.state = VersionState.LOADING
-        self.reason = ""
+        self.reason = self.detail = ""
         self.signature: dict[str, object] = {}
         self._path = entry.path
         self._server = server
@@ -84,16 +96,13 @@ class VersionSupervision:
         self._board: mmap = memory.map_writable(self.board_fd, board_bytes)
         self._unreclaimed: set[int] = set()
         self._last_incarnation = 0
-        self._deaths = 0
         self._completed = 0  # batches of workers that are gone
-        self._completed_at_last_death = 0
         self._stopping = False
 
     def start(self) -> None:
         """Start every worker; the version is READY once all have loaded."""
         for seat in self.seats:
             self._spawn(seat)
-        self._load_timer = self._loop.call_later(self._server.load_timeout_s, self._load_timeout)
 
     def ready_seats(self) -> list[Seat]:
         """Seats whose worker has loaded and lives."""
@@ -103,9 +112,14 @@ class VersionSupervision:
         """The front end holds nothing of this worker any more: its number may be used again."""
         self._unreclaimed.discard(incarnation)
 
+    def frontend_gone(self) -> None:
+        """With it went its lanes: only numbers of live workers are in use."""
+        self._unreclaimed = {seat.incarnation for seat in self.seats if seat.child is not None}
+
     def convicted(self) -> None:
         """The recent deaths were the doing of a request."""
-        self._deaths = 0
+        for seat in self.seats:
+            seat.deaths = 0
 
     def kill_overdue(self) -> None:
         """Kill workers whose run exceeds ``execution_timeout_ms``."""
@@ -127,11 +141,13 @@ class VersionSupervision:
                 seat.child.kill()
 
     def stop(self) -> None:
-        """Ask every worker to exit after its batch."""
+        """Ask every worker to exit after its batch; one that still loads hears nothing and is killed."""
         self._stopping = True
         for seat in self.seats:
-            if seat.child is not None:
-                seat.child.channel.send("exit")
+            if seat.child is not None and seat.is_loaded:
+                seat.child.send("exit")
+            elif seat.child is not None:
+                seat.child.kill()
 
     def kill(self) -> None:
         """End every worker now."""
@@ -157,14 +173,24 @@ class VersionSupervision:
             return
         seat.incarnation = self._next_incarnation()
         seat.is_loaded = seat.timed_out = False
+        seat.started_ns = monotonic_ns()
+        try:
+            seat.child = Child(
+                "gateway.serving.worker",
+                ["--name", f"{self.model}/{self.number}#{seat.index}"],
+                lambda message, _fds: self._on_message(seat, message),
+                lambda status: self._on_exit(seat, status),
+            )
+        except OSError as error:
+            log.error("cannot start a worker: %s; trying again", error)
+            self.reclaimed(seat.incarnation)
+            self._loop.call_later(SPAWN_AGAIN_S, self._spawn, seat)
+            return
         seat.starts += 1
-        seat.child = Child(
-            "gateway.serving.worker",
-            ["--name", f"{self.model}/{self.number}#{seat.index}"],
-            lambda message, _fds: self._on_message(seat, message),
-            lambda status: self._on_exit(seat, status),
+        seat.load_timer = self._loop.call_later(
+            self._server.load_timeout_s, self._on_load_timeout, seat
         )
-        seat.child.channel.send(
+        seat.child.send(
             "load",
             (self.board_fd,),
             path=os.fspath(self._path),
@@ -193,32 +219,46 @@ class VersionSupervision:
             case "warming" if self.state is VersionState.LOADING:
                 self._move(VersionState.WARMING)
             case "loaded":
-                seat.is_loaded = True
-                self.signature = message["signature"]
-                self._on_loaded(seat)
-            case "failed" if self.state is VersionState.READY:
-                log.error("model '%s' version %d: %s", self.model, self.number, message["reason"])
-            case "failed" if self.is_loading:
-                self._fail(message["reason"])
+                self._on_loaded(seat, message["signature"])
+            case "failed" if self.is_loading and not self._stopping:
+                self._fail(message["reason"], message["detail"])
+            case "failed":
+                log.error("model '%s' version %d: %s", self.model, self.number, message["detail"])
 
-    def _on_loaded(self, seat: Seat) -> None:
+    def _on_loaded(self, seat: Seat, signature: dict[str, object]) -> None:
+        self._stop_load_timer(seat)
+        if self.signature and signature != self.signature:
+            # Front ends know the old one, and would read its outputs as that.
+            self._fail("its file changed since it was loaded: a version's content is immutable")
+            return
+        seat.is_loaded = True
+        self.signature = signature
         if not self.is_loading:
             self._observer.on_worker(self, seat)
         elif all(other.is_loaded for other in self.seats):
-            self._load_timer.cancel()
             self._move(VersionState.READY)
             for ready in self.seats:
                 self._observer.on_worker(self, ready)
 
-    def _load_timeout(self) -> None:
-        if self.is_loading:
-            self._fail(f"it did not load within load_timeout_s ({self._server.load_timeout_s:g} s)")
+    def _on_load_timeout(self, seat: Seat) -> None:
+        reason = f"it did not load within load_timeout_s ({self._server.load_timeout_s:g} s)"
+        if self.is_loading and not self._stopping:
+            self._fail(reason)
+        elif seat.child is not None:
+            log.error("model '%s' version %d: %s", self.model, self.number, reason)
+            seat.child.kill()
+
+    def _stop_load_timer(self, seat: Seat) -> None:
+        if seat.load_timer is not None:
+            seat.load_timer.cancel()
+            seat.load_timer = None
 
     # Ending
 
     def _on_exit(self, seat: Seat, status: int) -> None:
         incarnation, was_loaded = seat.incarnation, seat.is_loaded
         seat.child, seat.is_loaded = None, False
+        self._stop_load_timer(seat)
         sat, batches, _busy_since_ns, _waiting = ring.seats(self._board)[seat.index]
         if sat == incarnation:
             self._completed += batches
@@ -228,11 +268,13 @@ class VersionSupervision:
             self.reclaimed(incarnation)
         if self._stopping or self.state is VersionState.FAILED:
             self._observer.on_stopped(self)
-            return
-        if self.is_loading:
+        elif self.is_loading:
             self._fail(f"the worker {describe_exit(status)} while loading it")
-            return
-        self._count_death()
+        else:
+            self._replace(seat, status)
+
+    def _replace(self, seat: Seat, status: int) -> None:
+        """Start another worker in a seat whose worker died, unless it dies again and again."""
         log.warning(
             "model '%s' version %d: the worker of instance %d %s",
             self.model,
@@ -240,23 +282,26 @@ class VersionSupervision:
             seat.index,
             describe_exit(status),
         )
-        if self._deaths >= CRASH_LOOP_DEATHS:
-            self._fail(f"its workers died {self._deaths} times without completing a batch")
+        completed = self._completed_batches()
+        lived_s = (monotonic_ns() - seat.started_ns) / NS_PER_S
+        is_loop = completed == seat.completed and lived_s < HEALTHY_S
+        seat.deaths = seat.deaths + 1 if is_loop else 1
+        seat.completed = completed
+        if seat.deaths >= CRASH_LOOP_DEATHS:
+            self._fail(f"a worker died {seat.deaths} times without completing a batch")
             return
-        pause_s = BACKOFF_S[min(self._deaths - 1, len(BACKOFF_S) - 1)]
+        pause_s = BACKOFF_S[min(seat.deaths, len(BACKOFF_S)) - 1]
         self._loop.call_later(pause_s, self._spawn, seat)
 
-    def _count_death(self) -> None:
-        alive = sum(ring.seats(self._board)[seat.index][1] for seat in self.ready_seats())
-        completed = self._completed + alive
-        if completed > self._completed_at_last_death:
-            self._deaths = 0
-        self._completed_at_last_death = completed
-        self._deaths += 1
+    def _completed_batches(self) -> int:
+        """Batches that all its workers, living and dead, have completed."""
+        states = ring.seats(self._board)
+        return self._completed + sum(states[seat.index][1] for seat in self.ready_seats())
 
-    def _fail(self, reason: str) -> None:
+    def _fail(self, reason: str, detail: str = "") -> None:
+        """FAILED: clients are told the reason, operators the detail."""
         self.reason = reason
-        self._load_timer.cancel()
+        self.detail = detail or reason
         self._move(VersionState.FAILED)
         for seat in self.seats:
             if seat.child is not None:

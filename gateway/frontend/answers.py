@@ -43,9 +43,10 @@ def json_answer(document: Any, status: int = 200) -> web.Response:
 
 
 def error_answer(error: GatewayError) -> web.Response:
-    """``{"error": …}`` with the error's status, and ``Retry-After`` where a retry may help."""
+    """``{"error": …}``, its code in ``x-error-code``, and ``Retry-After`` where a retry may help."""
     answer = json_answer({"error": error.message}, error.status)
-    if error.status in (429, 503):
+    answer.headers["x-error-code"] = error.code
+    if error.retryable:
         answer.headers["Retry-After"] = str(RETRY_AFTER_S)
     return answer
 

@@ -13,8 +13,7 @@ from gateway.errors import GatewayError
 from gateway.frontend.answers import VERSION
 from gateway.frontend.bodies import read_body
 from gateway.protocols.call import InferCall, OutputTensor, check_call
-from gateway.serving.dispatcher import deadline_ns
-from gateway.serving.request import Request, Timing
+from gateway.serving.request import Timing
 from gateway.serving.routes import Version
 from gateway.tensors import Signature
 
@@ -33,9 +32,7 @@ class Inference:
     def __init__(self, max_request_bytes: int) -> None:
         self._max_request_bytes = max_request_bytes
 
-    async def run(
-        self, http: web.Request, version: Version, parse: Parse, encode: Encode[T]
-    ) -> tuple[InferCall, T]:
+    async def run(self, http: web.Request, version: Version, parse: Parse, encode: Encode[T]) -> T:
         """Read the body, run it on the version and encode the answer.
 
         Args:
@@ -54,7 +51,7 @@ class Inference:
             body = await read_body(http, self._max_request_bytes)
             call = parse(body, signature)
             check_call(call, signature, self._max_request_bytes)
-            answer, timing = await self._batched(version, call, signature, arrived_ns, encode)
+            answer, timing = await self._batched(version, call, signature, encode)
         except GatewayError as error:
             version.metrics.failed(error.status, monotonic_ns() - arrived_ns)
             raise
@@ -63,14 +60,13 @@ class Inference:
             raise
         total_ns = monotonic_ns() - arrived_ns
         version.metrics.answered(call.rows, total_ns, timing.queue_ns, timing.compute_ns)
-        return call, answer
+        return answer
 
     async def _batched(
         self,
         version: Version,
         call: InferCall,
         signature: Signature,
-        arrived_ns: int,
         encode: Encode[T],
     ) -> tuple[T, Timing]:
         _, dispatcher = version.ready()  # again: the body may have taken long
@@ -85,16 +81,8 @@ class Inference:
             if not done.done():
                 done.set_exception(error)
 
-        tensors = {tensor.name: tensor for tensor in call.inputs}
-        request = Request(
-            call,
-            dims=tuple(tensors[spec.name].shape[1:] for spec in signature.inputs),
-            arrived_ns=arrived_ns,
-            deadline_ns=deadline_ns(call.timeout_us, dispatcher.limits, arrived_ns),
-            on_answer=on_answer,
-            on_error=on_error,
-        )
-        dispatcher.submit(request)
+        # Its time in the queue begins here: a slow upload is not the queue's doing.
+        request = dispatcher.submit(call, monotonic_ns(), on_answer, on_error)
         try:
             return await done
         except asyncio.CancelledError:

@@ -2,8 +2,8 @@
 
 Messages in: ``version`` (model, version, state, reason; with READY also signature, config and limits;
 fds: board), ``worker_up`` (fds: pidfd, channel), ``worker_exited`` (signal, timed_out), ``routes``,
-``drain``. Messages out: ``serving`` (ports), ``reclaimed`` (an incarnation may be used again) and
-``convicted`` (a request, not the version, killed workers).
+``drain``. Messages out: ``serving``, ``reclaimed`` (an incarnation may be used again), ``convicted``
+(a request, not the version, killed workers) and ``again`` (a message's descriptors did not fit in).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import os
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from gateway._kernels import ring
 from gateway.errors import Unavailable
@@ -25,6 +26,9 @@ from gateway.telemetry.metrics import Metrics
 from gateway.tensors import Signature
 
 log = logging.getLogger("gateway.frontend")
+
+ASK_AGAIN_S = 1.0
+"""Pause before a message is asked for again whose descriptors this process had no room for."""
 
 
 class SupervisorLink:
@@ -73,6 +77,9 @@ class SupervisorLink:
             if received is None:
                 self._loop.remove_reader(self._channel.fileno())
                 self.told.set()
+                for version in self._routes.versions():
+                    if version.dispatcher is not None:
+                        version.dispatcher.orphaned()
                 self._on_orphaned()
                 return
             message, fds = received
@@ -105,10 +112,13 @@ class SupervisorLink:
         version.state = VersionState(message["state"])
         version.reason = message["reason"]
         if version.state is VersionState.READY:
-            (board_fd,) = fds
+            if not fds:
+                version.state = VersionState.WARMING
+                self._ask_again(model=model, version=number)
+                return
             version.signature = Signature.from_wire(message["signature"])
             version.config = message["config"]
-            version.dispatcher = self._dispatcher(version, message, board_fd)
+            version.dispatcher = self._dispatcher(version, version.signature, message, fds[0])
         elif version.state is VersionState.FAILED and version.dispatcher is not None:
             dispatcher, version.dispatcher = version.dispatcher, None
             dispatcher.fail_all(Unavailable(f"model '{model}' version {number} has failed"))
@@ -116,7 +126,14 @@ class SupervisorLink:
                 self._loop.remove_reader(lane.bell)
             dispatcher.close()
 
-    def _dispatcher(self, version: Version, message: Message, board_fd: int) -> Dispatcher:
+    def _ask_again(self, **what: Any) -> None:
+        """Out of descriptors: what came with the last message is asked for again, when some are free."""
+        log.error("out of file descriptors; asking for a message again in %g s", ASK_AGAIN_S)
+        self._loop.call_later(ASK_AGAIN_S, partial(self._channel.send, "again", **what))
+
+    def _dispatcher(
+        self, version: Version, signature: Signature, message: Message, board_fd: int
+    ) -> Dispatcher:
         board = memory.map_writable(board_fd, ring.board_bytes(message["seats"]))
         os.close(board_fd)
 
@@ -127,19 +144,24 @@ class SupervisorLink:
             self._channel.send("convicted", model=version.model, version=version.number)
 
         dispatcher = Dispatcher(
-            version.signature or Signature((), (), 0),
+            signature,
             Limits(message["max_queue_size"], message["queue_timeout_ns"], self._lane_bytes),
             board,
             version.metrics,
-            self._loop.call_later,
+            self._loop,
             watch,
             convicted,
         )
         return dispatcher
 
     def _worker_up(self, message: Message, fds: list[int]) -> None:
-        pidfd, channel_fd = fds
         version = self._routes.models[message["model"]][message["version"]]
+        if not fds:
+            self._ask_again(
+                model=version.model, version=version.number, instance=message["instance"]
+            )
+            return
+        pidfd, channel_fd = fds
         channel = Channel.from_fd(channel_fd)
         if version.dispatcher is None:
             channel.close()

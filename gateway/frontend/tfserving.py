@@ -91,7 +91,7 @@ class TensorFlowHandlers:
         def encode(_call: InferCall, signature: Signature, outputs: list[OutputTensor]) -> bytes:
             return tfserving.encode_predict(signature, by_row, outputs)
 
-        _, body = await self._inference.run(http, self._resolve(http), parse, encode)
+        body = await self._inference.run(http, self._resolve(http), parse, encode)
         return web.Response(body=body, content_type="application/json")
 
     async def no_such_signature(self, http: web.Request) -> web.Response:

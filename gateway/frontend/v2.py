@@ -151,7 +151,7 @@ class V2Handlers:
         ) -> tuple[bytes, int | None]:
             return v2_infer.encode_infer(call, version.model, number, outputs)
 
-        _, (body, json_bytes) = await self._inference.run(http, version, parse, encode)
+        body, json_bytes = await self._inference.run(http, version, parse, encode)
         if json_bytes is None:
             return web.Response(body=body, content_type="application/json")
         answer = web.Response(body=body, content_type="application/octet-stream")
@@ -164,7 +164,7 @@ class V2Handlers:
         def encode(call: InferCall, _signature: Signature, outputs: list[OutputTensor]) -> bytes:
             return messagepack.encode_infer(call, version.model, number, outputs)
 
-        _, body = await self._inference.run(http, version, messagepack.parse_infer, encode)
+        body = await self._inference.run(http, version, messagepack.parse_infer, encode)
         return web.Response(body=body, content_type=http.content_type)
 
 

@@ -6,15 +6,15 @@ does, which is how each learns that its peer is gone. Every message has the key 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import msgpack
 
-MAX_MESSAGE_BYTES = 1 << 20
-"""Largest message; bounds the signature of a model and the receive buffer."""
+MAX_MESSAGE_BYTES = 1 << 17
+"""Largest message; bounds the signature of a model. A socket's buffer holds it on a stock kernel."""
 
 MAX_FDS = 16
 """Most descriptors beside one message."""
@@ -22,13 +22,15 @@ MAX_FDS = 16
 Message = dict[str, Any]
 
 
+class MessageTooLarge(Exception):
+    """The message does not fit a packet."""
+
+
 class Channel:
     """One end of a socket pair. Owns its socket; received descriptors belong to the caller."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
-        with contextlib.suppress(OSError):  # a smaller kernel limit only bounds signatures sooner
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MAX_MESSAGE_BYTES)
 
     @classmethod
     def pair(cls) -> tuple[Channel, Channel]:
@@ -45,20 +47,24 @@ class Channel:
         """The descriptor, for polling and for passing on."""
         return self._socket.fileno()
 
-    def detach(self) -> int:
-        """Give up the socket; the caller owns the returned descriptor."""
-        return self._socket.detach()
-
     def setblocking(self, blocking: bool) -> None:
         """Whether `receive` waits (a worker's thread) or not (an event loop)."""
         self._socket.setblocking(blocking)
 
-    def send(self, op: str, fds: tuple[int, ...] = (), **fields: Any) -> bool:
+    def send(self, op: str, fds: Sequence[int] = (), **fields: Any) -> bool:
         """Send one message; False when the peer is gone.
 
         Descriptors are duplicated by the kernel: the caller still owns its own.
+
+        Raises:
+            MessageTooLarge: over MAX_MESSAGE_BYTES.
+            BlockingIOError: not blocking, and the peer does not read.
         """
         packet = msgpack.packb({"op": op, **fields})
+        if len(packet) > MAX_MESSAGE_BYTES:
+            raise MessageTooLarge(
+                f"a message of {len(packet)} bytes, of {MAX_MESSAGE_BYTES} at most"
+            )
         try:
             socket.send_fds(self._socket, [packet], list(fds))
         except (BrokenPipeError, ConnectionResetError):
@@ -68,17 +74,21 @@ class Channel:
     def receive(self) -> tuple[Message, list[int]] | None:
         """The next message and its descriptors; None at the end of the channel.
 
+        Where this process had no descriptors left for all of them, it gets none.
+
         Raises:
             BlockingIOError: not blocking, and nothing is there.
         """
         try:
-            packet, fds, _flags, _address = socket.recv_fds(
-                self._socket, MAX_MESSAGE_BYTES, MAX_FDS
-            )
+            packet, fds, flags, _address = socket.recv_fds(self._socket, MAX_MESSAGE_BYTES, MAX_FDS)
         except ConnectionResetError:
             return None
         if not packet:
             return None
+        if flags & socket.MSG_CTRUNC:
+            for fd in fds:
+                os.close(fd)
+            fds = []
         for fd in fds:
             os.set_inheritable(fd, False)
         return msgpack.unpackb(packet), fds

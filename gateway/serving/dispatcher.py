@@ -7,7 +7,8 @@ and what becomes of the requests in a slot whose run failed or whose worker died
   each request gets a slot of its own;
 - ``run`` raises, or the worker's answer contradicts the mirror: each request gets a slot of its own, and
   one that already was alone gets the error;
-- a request alone in its slot whose workers died twice in a way that blames it gets an error.
+- a request alone in its slot when a second worker died of it waits for the supervisor's word on how that
+  one ended: if both ended in a way that a request can cause, it is answered with an error.
 """
 
 from __future__ import annotations
@@ -20,14 +21,17 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from mmap import mmap
+from typing import Any, Protocol
 
 from gateway._kernels import ring
 from gateway.clock import NS_PER_S, NS_PER_US, monotonic_ns
 from gateway.errors import DeadlineExceeded, GatewayError, InferenceFailed, QueueFull
+from gateway.protocols.call import InferCall
 from gateway.serving import geometry
 from gateway.serving.channel import Channel
 from gateway.serving.lane import Lane, materialise
-from gateway.serving.request import Request, ShapeKey, Slot, State, Timer, Timing
+from gateway.serving.placement import Placement
+from gateway.serving.request import OnAnswer, OnError, Request, Slot, State, Timer, Timing
 from gateway.telemetry.metrics import VersionMetrics
 from gateway.tensors import Signature
 
@@ -44,8 +48,10 @@ DEATHS_OF_A_BATCH = 2
 DEATHS_OF_A_REQUEST = 2
 """Workers that may die of a request alone before it is answered with an error."""
 
-MAX_SHAPES = 4096
-"""Shapes a lane numbers before it begins anew; bounds the memory of a model with variable dims."""
+SPARSE_QUEUE = 64
+"""Ended requests that may lie in the queue before it is swept, beyond as many as still wait."""
+
+_EXPIRED = "the request's time in the queue ran out before it was run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +61,28 @@ class Limits:
     Attributes:
         max_queue_size: requests waiting for a worker.
         queue_timeout_ns: default time in the queue; 0 for none.
-        lane_bytes: budget of a lane's input memory.
+        lane_bytes: budget of a lane, see `geometry`.
     """
 
     max_queue_size: int
     queue_timeout_ns: int
     lane_bytes: int
+
+    def deadline_ns(self, timeout_us: int | None, arrived_ns: int) -> int:
+        """When a request's time in the queue ends: the shorter of its own and the model's; 0: never."""
+        own_ns = (timeout_us or 0) * NS_PER_US
+        timeouts = [timeout for timeout in (self.queue_timeout_ns, own_ns) if timeout > 0]
+        return arrived_ns + min(timeouts) if timeouts else 0
+
+
+class Scheduler(Protocol):
+    """What is needed of an event loop."""
+
+    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> Timer:
+        """Call once, after so many seconds."""
+
+    def call_soon(self, callback: Callable[..., Any], *args: Any) -> object:
+        """Call in the next turn."""
 
 
 class Dispatcher:
@@ -71,7 +93,7 @@ class Dispatcher:
         limits: bounds.
         board: mapping of the version's board.
         metrics: told about batches.
-        call_later: the event loop's, for deadlines.
+        loop: for deadlines.
         on_lane: called with each new lane, whose bell is then to be watched (`on_bell`).
         on_convicted: called when a request, and not the version, turned out to kill workers.
     """
@@ -82,25 +104,27 @@ class Dispatcher:
         limits: Limits,
         board: mmap,
         metrics: VersionMetrics,
-        call_later: Callable[[float, Callable[[Request], None], Request], Timer],
+        loop: Scheduler,
         on_lane: Callable[[Lane], None],
         on_convicted: Callable[[], None],
     ) -> None:
         self.signature = signature
         self.metrics = metrics
-        self.limits = limits
-        self._board = board
-        self._call_later = call_later
+        self._limits = limits
+        self._loop = loop
         self._on_lane = on_lane
         self._on_convicted = on_convicted
-        self.lanes: list[Lane] = []  # by number
-        self._shapes: dict[geometry.Dims, tuple[ShapeKey, Lane]] = {}
-        self._next_shape_id = 0
-        self._queue: deque[Request] = deque()
-        self._cursors: dict[int, Slot] = {}  # by shape id: the open slot to append to
-        self._closed: set[Slot] = set()  # unsealed as far as known, and nothing more is appended
+        self._placement = Placement(signature, limits.lane_bytes, board, self._add_lane)
+        self._queue: deque[Request] = deque()  # QUEUED ones, and ended ones not yet skipped
+        self._queued = 0
         self._in_flight = 0
         self._workers: dict[int, Channel] = {}  # by incarnation
+        self._is_supervised = True
+
+    @property
+    def lanes(self) -> list[Lane]:
+        """The lanes made so far."""
+        return self._placement.lanes
 
     @property
     def has_workers(self) -> bool:
@@ -109,54 +133,66 @@ class Dispatcher:
 
     # Requests
 
-    def submit(self, request: Request) -> None:
-        """Place the request in a slot, or queue it.
+    def submit(
+        self, call: InferCall, arrived_ns: int, on_answer: OnAnswer, on_error: OnError
+    ) -> Request:
+        """Place a call in a slot, or queue it.
+
+        Args:
+            call: holds to the signature.
+            arrived_ns: monotonic; its time in the queue counts from here.
+            on_answer: called once with its outputs, unless `on_error` is, or it is cancelled.
+            on_error: called once when it failed or expired.
 
         Raises:
             InvalidRequest: its data do not decode.
+            TooLarge: its rows are larger than a lane.
             QueueFull: too many are waiting.
+            Unavailable: there is no memory for its shape now.
         """
-        bound = self.limits.max_queue_size
+        bound = self._limits.max_queue_size
         if self._in_flight >= bound and self.waiting() >= bound:
             raise QueueFull(f"the queue is full: queue.max_size is {bound} requests")
+        tensors = {tensor.name: tensor for tensor in call.inputs}
+        dims = tuple(tensors[spec.name].shape[1:] for spec in self.signature.inputs)
+        deadline_ns = self._limits.deadline_ns(call.timeout_us, arrived_ns)
+        request = Request(
+            call, self._placement.key(dims), arrived_ns, deadline_ns, on_answer, on_error
+        )
         if self._queue or not self._place(request):
-            materialise(request.call)
-            request.move(State.QUEUED)
+            materialise(call)
+            self._enqueue(request)
             self._queue.append(request)
         self._in_flight += 1
-        if request.deadline_ns:
-            delay_s = max(0, request.deadline_ns - monotonic_ns()) / NS_PER_S
-            request.timer = self._call_later(delay_s, self.expire, request)
+        if deadline_ns:
+            delay_s = max(0, deadline_ns - monotonic_ns()) / NS_PER_S
+            request.timer = self._loop.call_later(delay_s, self.expire, request)
+        return request
 
     def cancel(self, request: Request) -> None:
         """The client is gone: the request never runs unless a worker has it already."""
         if request.state is not State.ENDED:
             self._take_back(request)
-            request.end()
-            self._in_flight -= 1
+            self._end(request)
             self._pump()
 
     def expire(self, request: Request) -> None:
         """Its time in the queue is over: answered now, unless a worker has it already."""
-        if request.state is State.ENDED or not self._take_back(request):
-            return
-        self._in_flight -= 1
-        request.fail(DeadlineExceeded("the request's time in the queue ran out before it was run"))
-        self._pump()
+        if request.state is not State.ENDED and self._take_back(request):
+            self._end(request, DeadlineExceeded(_EXPIRED))
+            self._pump()
 
     def waiting(self) -> int:
         """Requests that no worker has taken yet."""
-        queued = sum(request.state is State.QUEUED for request in self._queue)
-        return queued + sum(len(slot.requests) for slot in self._unsealed())
+        return self._queued + sum(len(slot.requests) for slot in self._placement.unsealed())
 
     def fail_all(self, error: GatewayError) -> None:
         """End every request: the version is gone."""
         placed = [r for lane in self.lanes for slot in lane.slots for r in slot.requests]
         for request in [*self._queue, *placed]:
             if request.state is not State.ENDED:
-                request.fail(error)
+                self._end(request, error)
         self._queue.clear()
-        self._in_flight = 0
 
     # Workers
 
@@ -175,7 +211,7 @@ class Dispatcher:
         for lane in self.lanes:
             for slot, phase in list(lane.held_by(incarnation)):
                 if phase == ring.SEALED:
-                    self._rerun(lane, slot, incarnation)
+                    self._rerun(slot, incarnation)
                 else:
                     self._finish(lane, slot, phase)
             lane.producer.wake_all()
@@ -183,132 +219,85 @@ class Dispatcher:
 
     def worker_exited(self, incarnation: int, signal_number: int, timed_out: bool) -> None:
         """How a dead worker ended: judge the requests that were alone with it."""
-        if signal_number not in BLAMING_SIGNALS and not timed_out:
-            return
+        is_blaming = signal_number in BLAMING_SIGNALS or timed_out
         for lane in self.lanes:
             for slot in lane.slots:
-                if slot.last_owner != incarnation or len(slot.requests) != 1:
-                    continue
-                request = slot.requests[0]
-                request.blame += 1
-                if request.blame < DEATHS_OF_A_REQUEST or request.state is State.ENDED:
-                    continue
-                if self._take_back(request):
-                    self._in_flight -= 1
-                    self._on_convicted()
-                    request.fail(
-                        InferenceFailed("workers died each time they ran this request alone")
-                    )
+                if slot.last_owner == incarnation and len(slot.requests) == 1:
+                    slot.requests[0].blame += is_blaming
+                    if slot.awaits_judgement:
+                        self._judge(slot)
         self._pump()
+
+    def orphaned(self) -> None:
+        """The supervisor is gone: nobody will say how workers ended, so nothing waits for it."""
+        self._is_supervised = False
+        for lane in self.lanes:
+            for slot in lane.slots:
+                if slot.awaits_judgement:
+                    self._judge(slot)
 
     def on_bell(self, lane: Lane) -> None:
         """A worker reported completions."""
         with contextlib.suppress(BlockingIOError):  # collected meanwhile
             os.eventfd_read(lane.bell)
-        while True:
-            for slot, phase in lane.collect():
-                self._finish(lane, slot, phase)
-            self._pump()
-            if lane.producer.arm():
-                return
+        for slot, phase in lane.collect():
+            self._finish(lane, slot, phase)
+        self._pump()
+        if not lane.producer.arm():
+            self._loop.call_soon(self.on_bell, lane)  # there is more; others have their turn first
 
     def close(self) -> None:
         """Give back every lane; requests must have been failed before."""
-        for lane in self.lanes:
-            lane.close()
+        self._placement.close()
         for channel in self._workers.values():
             channel.close()
-        self.lanes.clear()
         self._workers.clear()
 
     # Placing
 
     def _place(self, request: Request) -> bool:
-        key, lane = self._shapes.get(request.dims) or self._learn_shape(request.dims)
-        cursor = self._cursors.get(key.id)
-        if cursor is not None and not request.solo:
-            fits = cursor.rows + request.rows <= key.shape.capacity
-            if fits and lane.append(cursor, request):
-                lane.producer.wake()
-                return True
-            del self._cursors[key.id]
-            if not fits:
-                self._closed.add(cursor)
-        if len(self._closed) > len(self._workers):
-            self._unsealed()
-            if len(self._closed) > len(self._workers):
-                return False
-        if not lane.has_free_slot():
-            return False
-        slot = lane.open(request, key)
-        if request.solo or slot.rows == key.shape.capacity:
-            self._closed.add(slot)
-        else:
-            self._cursors[key.id] = slot
-        lane.producer.wake()
-        return True
+        # What lies ready: a batch for each worker, and one more for whoever is first.
+        return self._placement.place(request, max_complete=len(self._workers) + 1)
 
-    def _learn_shape(self, dims: geometry.Dims) -> tuple[ShapeKey, Lane]:
-        """Number a shape that was not seen before, and find or make its lane."""
-        if len(self._shapes) >= MAX_SHAPES:
-            self._shapes.clear()  # ids go on: a worker never sees one with two meanings
-        capacity = geometry.capacity_of(self.signature, dims, self.limits.lane_bytes)
-        shape = geometry.shape_of(self.signature, dims, capacity)
-        spec = geometry.lane_spec(self.signature, shape, self.limits.lane_bytes)
-        lane = next((lane for lane in self.lanes if lane.spec == spec), None)
-        if lane is None:
-            lane = Lane(len(self.lanes), spec, self.signature, self._board)
-            self.lanes.append(lane)
-            lane.producer.arm()
-            self._on_lane(lane)
-            for channel in self._workers.values():
-                self._offer(lane, channel)
-        learned = self._shapes[dims] = ShapeKey(self._next_shape_id, shape), lane
-        self._next_shape_id += 1
-        return learned
+    def _add_lane(self, lane: Lane) -> None:
+        self._on_lane(lane)
+        for channel in self._workers.values():
+            self._offer(lane, channel)
 
     def _offer(self, lane: Lane, channel: Channel) -> None:
         channel.send("lane", lane.fds, lane=lane.number, spec=lane.spec.to_wire())
 
-    def _unsealed(self) -> list[Slot]:
-        """Slots that no worker has taken, after a look; forgets the others."""
-        self._closed = {s for s in self._closed if self.lanes[s.lane].is_unsealed(s)}
-        self._cursors = {
-            shape_id: s
-            for shape_id, s in self._cursors.items()
-            if self.lanes[s.lane].is_unsealed(s)
-        }
-        return [*self._closed, *self._cursors.values()]
+    def _enqueue(self, request: Request) -> None:
+        request.move(State.QUEUED)
+        self._queued += 1
 
     def _pump(self) -> None:
         """Move queued requests into slots for as long as there is room."""
         while self._queue:
             request = self._queue[0]
-            if request.state is State.QUEUED and not self._place(request):
-                return
+            if request.state is State.QUEUED:
+                if not self._place(request):
+                    return
+                self._queued -= 1
             self._queue.popleft()
 
     def _take_back(self, request: Request) -> bool:
         """Keep a request from running; False when a worker has it."""
         if request.state is State.QUEUED:
             return True  # the pump skips what has ended
-        slot = request.slot
-        if slot is None or not self.lanes[slot.lane].drop(slot, request):
-            return False
-        if slot.rows == 0:
-            self._forget(slot)
-        else:
-            self.lanes[slot.lane].producer.wake()
-        return True
+        return self._placement.take_out(request)
 
-    def _forget(self, slot: Slot) -> None:
-        self._closed.discard(slot)
-        if self._cursors.get(slot.key.id) is slot:
-            del self._cursors[slot.key.id]
-
-    def _release(self, lane: Lane, slot: Slot) -> None:
-        self._forget(slot)
-        lane.release(slot)
+    def _end(self, request: Request, error: GatewayError | None = None) -> None:
+        was_queued = request.state is State.QUEUED
+        self._in_flight -= 1
+        request.end()
+        if was_queued:
+            self._queued -= 1
+            request.call.inputs = []  # it stays in the queue until the pump meets it, its data not
+            if len(self._queue) > 2 * self._queued + SPARSE_QUEUE:
+                self._queue = deque(r for r in self._queue if r.state is State.QUEUED)
+        if error is not None:
+            request.on_error(error)
 
     # Finishing
 
@@ -316,19 +305,14 @@ class Dispatcher:
         placements = lane.outputs(slot) if phase == ring.DONE else None
         if placements is not None:
             self._answer(lane, slot, placements)
-            self._release(lane, slot)
-            return
-        text = (
-            lane.error(slot) if phase == ring.FAILED else "a worker's answer did not hold together"
-        )
-        if len(slot.requests) > 1:
+            self._placement.release(slot)
+        elif len(slot.requests) > 1:
             self._split(lane, slot)
-            return
-        request = slot.requests[0]
-        self._release(lane, slot)
-        if request.state is State.PLACED:
-            self._in_flight -= 1
-            request.fail(InferenceFailed(f"the model failed on this request: {text}"))
+        else:
+            text = (
+                lane.error(slot) if phase == ring.FAILED else "its worker's answer was inconsistent"
+            )
+            self._fail_alone(slot, f"the model failed on this request: {text}")
 
     def _answer(self, lane: Lane, slot: Slot, placements: list[geometry.Placement]) -> None:
         started_ns, finished_ns = lane.producer.times(slot.index)
@@ -337,9 +321,8 @@ class Dispatcher:
         for request in slot.requests:
             if request.state is not State.PLACED:
                 continue  # cancelled while it ran
-            self._in_flight -= 1
-            request.end()
-            timing = Timing(max(0, started_ns - request.arrived_ns), compute_ns, slot.rows)
+            self._end(request)
+            timing = Timing(max(0, started_ns - request.arrived_ns), compute_ns)
             try:
                 request.on_answer(lane.views(slot, placements, request), timing)
             except GatewayError as error:
@@ -348,33 +331,63 @@ class Dispatcher:
                 log.exception("an answer could not be encoded")
                 request.on_error(GatewayError("the answer could not be encoded"))
 
-    def _rerun(self, lane: Lane, slot: Slot, incarnation: int) -> None:
+    def _fail_alone(self, slot: Slot, text: str) -> None:
+        """End the one request of a slot that is done with."""
+        request = slot.requests[0]
+        self._placement.release(slot)
+        if request.state is State.PLACED:
+            self._end(request, InferenceFailed(text))
+
+    # Deaths
+
+    def _rerun(self, slot: Slot, incarnation: int) -> None:
         """A slot whose worker died: run it again as it is, or request by request."""
         slot.deaths += 1
         slot.last_owner = incarnation
-        if len(slot.requests) > 1 and slot.deaths >= DEATHS_OF_A_BATCH:
-            self._split(lane, slot)
-        elif all(request.state is State.ENDED for request in slot.requests):
-            self._release(lane, slot)
+        if self._drop_hopeless(slot):
+            return
+        is_alone = len(slot.requests) == 1
+        if is_alone and slot.deaths >= DEATHS_OF_A_REQUEST and self._is_supervised:
+            slot.awaits_judgement = True  # it stays SEALED by the dead: out of every worker's reach
+        elif not is_alone and slot.deaths >= DEATHS_OF_A_BATCH:
+            self._split(self.lanes[slot.lane], slot)
         else:
-            self._forget(slot)
-            lane.producer.retry(slot.index)
-            lane.producer.wake()
+            self._placement.retry(slot)
+
+    def _drop_hopeless(self, slot: Slot) -> bool:
+        """End the requests that nobody waits for any more; True when no other was in the slot.
+
+        They cannot be edited out of a SEALED slot: their rows run with the others', unheard.
+        """
+        now_ns = monotonic_ns()
+        for request in slot.requests:
+            if request.state is State.PLACED and 0 < request.deadline_ns <= now_ns:
+                self._end(request, DeadlineExceeded(_EXPIRED))
+        if any(request.state is State.PLACED for request in slot.requests):
+            return False
+        self._placement.release(slot)
+        return True
+
+    def _judge(self, slot: Slot) -> None:
+        """A request alone whose second worker died: convict it, or let it run again."""
+        slot.awaits_judgement = False
+        if self._drop_hopeless(slot):
+            return
+        if slot.requests[0].blame < DEATHS_OF_A_REQUEST:
+            self._placement.retry(slot)
+            return
+        self._on_convicted()
+        self._fail_alone(slot, "workers died each time they ran this request alone")
 
     def _split(self, lane: Lane, slot: Slot) -> None:
         """Queue each live request of a slot anew, first in line and without mates."""
+        if self._drop_hopeless(slot):
+            return
         live = [request for request in slot.requests if request.state is State.PLACED]
         for request in live:
             lane.copy_out(slot, request)
             request.solo = True
-            request.move(State.QUEUED)
-        self._release(lane, slot)
+            self._enqueue(request)
+        self._placement.release(slot)
         self._queue.extendleft(reversed(live))
         self._pump()
-
-
-def deadline_ns(call_timeout_us: int | None, limits: Limits, arrived_ns: int) -> int:
-    """When a request's time in the queue ends; the shorter of its own and the model's, 0 for none."""
-    candidates = [limits.queue_timeout_ns, (call_timeout_us or 0) * NS_PER_US]
-    timeouts = [timeout for timeout in candidates if timeout > 0]
-    return arrived_ns + min(timeouts) if timeouts else 0

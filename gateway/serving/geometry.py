@@ -24,7 +24,7 @@ SMALLEST_CLASS_BYTES = 4096
 """Slot bytes of the smallest size class of a model with variable dims."""
 
 UNKNOWN_OUTPUT_BYTES = 1 << 20
-"""Output region of a slot where an output's size is only known after the run."""
+"""At least so much output region has a slot where an output's size is only known after the run."""
 
 MAX_SLOT_COUNT = 256
 """Slots of a lane. Most batches of a fast model are small, so slots must be plentiful."""
@@ -127,12 +127,15 @@ def shape_of(signature: Signature, dims: Dims, capacity: int) -> Shape:
 
 
 def capacity_of(signature: Signature, dims: Dims, lane_bytes: int) -> int:
-    """Rows of these dims that one slot holds: max_batch_size, fewer where rows are very large."""
-    row_bytes = sum(
-        spec.datatype.itemsize * element_count(inner)
-        for spec, inner in zip(signature.inputs, dims, strict=True)
+    """Rows of these dims that one slot holds: max_batch_size, fewer where rows are very large.
+
+    0 where not even one row's inputs, or its outputs, fit the budget of a lane.
+    """
+    one = shape_of(signature, dims, 1)
+    row_bytes = max(
+        sum(p.row_bytes for p in one.inputs), sum(p.row_bytes for p in one.outputs or ()), 1
     )
-    return max(1, min(signature.max_batch_size, lane_bytes // max(1, row_bytes)))
+    return min(signature.max_batch_size, lane_bytes // row_bytes)
 
 
 def lane_spec(signature: Signature, shape: Shape, lane_bytes: int) -> LaneSpec:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from mmap import mmap
 
 from gateway._kernels import decode, pack, ring
 from gateway.errors import InvalidRequest
 from gateway.protocols.call import InferCall, InputTensor, OutputTensor
 from gateway.serving import geometry, memory
-from gateway.serving.request import Request, ShapeKey, Slot, State
+from gateway.serving.request import Request, Slot, State
 from gateway.tensors import Signature
 
 
@@ -26,6 +27,9 @@ class Lane:
         spec: its geometry.
         signature: the model's.
         board: mapping of the version's board.
+
+    Raises:
+        OSError: no memory, address space or descriptors for it; nothing is left behind.
     """
 
     def __init__(
@@ -35,16 +39,21 @@ class Lane:
         self.spec = spec
         self.signature = signature
         control_bytes = ring.control_bytes(spec.slot_count, spec.dims_per_slot)
-        self._control_fd = memory.create("control", control_bytes)
-        self._inputs_fd = memory.create("inputs", spec.slot_count * spec.input_slot_bytes)
-        self._outputs_fd = memory.create("outputs", spec.slot_count * spec.output_slot_bytes)
-        self._control = memory.map_writable(self._control_fd, control_bytes)
-        self._inputs = memory.map_writable(self._inputs_fd, spec.slot_count * spec.input_slot_bytes)
-        self._outputs = memory.map_read_only(
-            self._outputs_fd, spec.slot_count * spec.output_slot_bytes
-        )
-        memory.forbid_new_writers(self._inputs_fd)
-        self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        input_bytes = spec.slot_count * spec.input_slot_bytes
+        output_bytes = spec.slot_count * spec.output_slot_bytes
+        with ExitStack() as undo:
+            self._control_fd = memory.create("control", control_bytes)
+            undo.callback(os.close, self._control_fd)
+            self._inputs_fd = memory.create("inputs", input_bytes)
+            undo.callback(os.close, self._inputs_fd)
+            self._outputs_fd = memory.create("outputs", output_bytes)
+            undo.callback(os.close, self._outputs_fd)
+            self._control = memory.map_writable(self._control_fd, control_bytes)
+            self._inputs = memory.map_writable(self._inputs_fd, input_bytes)
+            self._outputs = memory.map_read_only(self._outputs_fd, output_bytes)
+            memory.forbid_new_writers(self._inputs_fd)
+            self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+            undo.pop_all()  # all there: from now on `close` gives them back
         self.producer = ring.Producer(self._control, spec.slot_count, spec.dims_per_slot, board)
         self.slots = [Slot(number, i) for i in range(spec.slot_count)]
         # Last-in first-out: a small working set stays in cache, and in the workers' binding caches.
@@ -63,11 +72,22 @@ class Lane:
         """Whether `open` can succeed."""
         return bool(self._free)
 
-    def open(self, request: Request, key: ShapeKey) -> Slot:
-        """Put the request into a free slot of its own. InvalidRequest: its data do not decode."""
-        slot = self._free[-1]
+    def open(self, request: Request) -> Slot:
+        """Put the request into a free slot. InvalidRequest: its data do not decode."""
+        slot, key = self._free[-1], request.key
         self._write(slot.index, 0, request.call, key.shape)
-        return self._publish_open(slot, request, key)
+        self.producer.open(
+            slot.index,
+            request.rows,
+            request.arrived_ns,
+            key.id,
+            key.shape.capacity,
+            tuple(dim for inner in key.shape.dims for dim in inner),
+        )
+        self._free.pop()
+        slot.key = key
+        self._enter(slot, request)
+        return slot
 
     def append(self, slot: Slot, request: Request) -> bool:
         """Put the request behind the rows of an open slot of its shape, in which it fits.
@@ -113,12 +133,19 @@ class Lane:
                 yield slot, phase
 
     def held_by(self, incarnation: int) -> Iterator[tuple[Slot, int]]:
-        """Slots that this worker, whose death is confirmed, had sealed, with their phase."""
+        """Slots that this worker, whose death is confirmed, had sealed, with their phase.
+
+        CORRUPT ones are among them whoever's they are: it may have written another owner's number.
+        """
         for slot in self.slots:
-            if slot.requests and self.producer.owner(slot.index) == incarnation:
-                phase = self.producer.phase(slot.index)
-                if phase in (ring.SEALED, ring.DONE, ring.FAILED, ring.CORRUPT):
-                    yield slot, phase
+            if not slot.requests:
+                continue
+            phase = self.producer.phase(slot.index)
+            is_its_own = self.producer.owner(slot.index) == incarnation
+            if phase == ring.CORRUPT or (
+                is_its_own and phase in (ring.SEALED, ring.DONE, ring.FAILED)
+            ):
+                yield slot, phase
 
     def outputs(self, slot: Slot) -> list[geometry.Placement] | None:
         """Where a DONE slot's outputs lie; None where its worker described nonsense."""
@@ -165,10 +192,11 @@ class Lane:
     def close(self) -> None:
         """Give back memory and descriptors. Requests still placed must have been failed before."""
         self.producer.close()
-        for fd in (self._control_fd, self._inputs_fd, self._outputs_fd, self.bell):
-            os.close(fd)
         for mapping in (self._control, self._inputs, self._outputs):
-            mapping.close()
+            with suppress(BufferError):  # a view lives on in a traceback: unmapped with it
+                mapping.close()
+        for fd in self.fds:
+            os.close(fd)
 
     def _output_region(self, slot: Slot) -> memoryview:
         start = slot.index * self.spec.output_slot_bytes
@@ -180,21 +208,6 @@ class Lane:
         tensors = {tensor.name: tensor for tensor in call.inputs}
         for p in shape.inputs:
             write_tensor(self._inputs, base + p.offset + row * p.row_bytes, tensors[p.spec.name])
-
-    def _publish_open(self, slot: Slot, request: Request, key: ShapeKey) -> Slot:
-        self.producer.open(
-            slot.index,
-            request.rows,
-            request.arrived_ns,
-            key.id,
-            key.shape.capacity,
-            tuple(dim for inner in key.shape.dims for dim in inner),
-        )
-        self._free.pop()
-        slot.key = key
-        slot.solo = request.solo
-        self._enter(slot, request)
-        return slot
 
     def _enter(self, slot: Slot, request: Request) -> None:
         request.slot = slot
@@ -208,18 +221,17 @@ class Lane:
         self._free.append(slot)
 
 
-def write_tensor(buffer: mmap | bytearray, at: int, tensor: InputTensor) -> int:
-    """Write a tensor's elements row-major at a byte offset; returns the bytes written.
+def write_tensor(buffer: mmap | bytearray, at: int, tensor: InputTensor) -> None:
+    """Write a tensor's elements row-major at a byte offset.
 
     Raises:
         InvalidRequest: a list that does not decode; names the input, quotes no value.
     """
     if isinstance(tensor.data, memoryview):
-        return pack.copy_in(buffer, at, tensor.data)
+        pack.copy_in(buffer, at, tensor.data)
+        return
     try:
-        return decode.fill(
-            buffer, at, tensor.datatype.index, tensor.shape, tensor.data, tensor.strict
-        )
+        decode.fill(buffer, at, tensor.datatype.index, tensor.shape, tensor.data, tensor.strict)
     except ValueError as error:
         raise InvalidRequest(f"input '{tensor.name}': {error}") from None
 

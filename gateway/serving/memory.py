@@ -26,8 +26,12 @@ def create(purpose: str, nbytes: int) -> int:
         nbytes: its size; sealed, so that no peer can make a mapping fault by shrinking it.
     """
     fd = os.memfd_create(f"gateway-{purpose}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    os.ftruncate(fd, nbytes)
-    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
+    try:
+        os.ftruncate(fd, nbytes)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SIZE_SEALS)
+    except OSError:
+        os.close(fd)
+        raise
     return fd
 
 

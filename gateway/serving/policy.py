@@ -7,32 +7,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-SEAL_NOW = 0
-
 
 @dataclass(frozen=True, slots=True)
 class Offer:
     """A slot that an idle worker could seal.
 
     Attributes:
-        rows: rows in it.
-        capacity: rows that fit.
         oldest_ns: monotonic arrival of its first row.
-        is_retry: its former worker died; nothing will be appended any more.
+        is_complete: nothing more will join it: it is full, the next request did not fit, or its
+            former worker died.
     """
 
-    rows: int
-    capacity: int
     oldest_ns: int
-    is_retry: bool
+    is_complete: bool
 
 
-def decide(offer: Offer, now_ns: int, max_queue_delay_ns: int) -> int:
-    """`SEAL_NOW`, or the monotonic time until which to hold the slot.
+def hold_until(offer: Offer, now_ns: int, max_queue_delay_ns: int) -> int | None:
+    """Until which monotonic time to hold the slot back; None: seal it now.
 
-    A full slot goes at once; a part slot waits until its oldest row is `max_queue_delay_ns` old.
+    A complete slot goes at once; another waits until its oldest row is `max_queue_delay_ns` old.
     """
-    if offer.is_retry or offer.rows >= offer.capacity:
-        return SEAL_NOW
-    until_ns = offer.oldest_ns + max_queue_delay_ns
-    return SEAL_NOW if until_ns <= now_ns else until_ns
+    due_ns = offer.oldest_ns + max_queue_delay_ns
+    return None if offer.is_complete or due_ns <= now_ns else due_ns

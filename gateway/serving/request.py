@@ -31,11 +31,21 @@ _MOVES = {
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """What a request's batch cost, in ns: waiting, the run, and rows that shared it."""
+    """What a request cost, in ns: waiting for its batch's run, and that run."""
 
     queue_ns: int
     compute_ns: int
-    batch_rows: int
+
+
+class ShapeKey(NamedTuple):
+    """A shape, its number, by which workers cache, and the number of the lane for it."""
+
+    id: int
+    shape: geometry.Shape
+    lane: int
+
+
+NO_SHAPE = ShapeKey(-1, geometry.Shape((), 0, (), 0, (), 0), -1)
 
 
 class Timer(Protocol):
@@ -57,7 +67,7 @@ class Request:
 
     Args:
         call: validated against the signature; its lists are replaced by bytes when it has to queue.
-        dims: inner dims of each input, in the signature's order.
+        key: the shape of its rows.
         arrived_ns: monotonic.
         deadline_ns: monotonic end of its time in the queue, 0 for none.
     """
@@ -67,7 +77,7 @@ class Request:
         "blame",
         "call",
         "deadline_ns",
-        "dims",
+        "key",
         "on_answer",
         "on_error",
         "rows",
@@ -81,14 +91,14 @@ class Request:
     def __init__(
         self,
         call: InferCall,
-        dims: tuple[tuple[int, ...], ...],
+        key: ShapeKey,
         arrived_ns: int,
         deadline_ns: int,
         on_answer: OnAnswer,
         on_error: OnError,
     ) -> None:
         self.call = call
-        self.dims = dims
+        self.key = key
         self.rows = call.rows
         self.arrived_ns = arrived_ns
         self.deadline_ns = deadline_ns
@@ -114,21 +124,6 @@ class Request:
             self.timer.cancel()
             self.timer = None
 
-    def fail(self, error: GatewayError) -> None:
-        """End with an error."""
-        self.end()
-        self.on_error(error)
-
-
-class ShapeKey(NamedTuple):
-    """A shape and its number in the lane; workers cache by the number."""
-
-    id: int
-    shape: geometry.Shape
-
-
-_NO_SHAPE = ShapeKey(-1, geometry.Shape((), 0, (), 0, (), 0))
-
 
 class Slot:
     """A front end's mirror of a slot: the requests that its rows belong to, in their order.
@@ -136,21 +131,30 @@ class Slot:
     ``lane`` is the number of its lane, ``index`` its place there.
     """
 
-    __slots__ = ("deaths", "index", "key", "lane", "last_owner", "requests", "rows", "solo")
+    __slots__ = (
+        "awaits_judgement",
+        "deaths",
+        "index",
+        "key",
+        "lane",
+        "last_owner",
+        "requests",
+        "rows",
+    )
 
     def __init__(self, lane: int, index: int) -> None:
         self.lane = lane
         self.index = index
         self.requests: list[Request] = []
         self.rows = 0
-        self.key = _NO_SHAPE
-        self.solo = False
+        self.key = NO_SHAPE
         self.deaths = 0  # workers that died holding these rows
         self.last_owner = 0  # the last of them
+        self.awaits_judgement = False  # of how that one died
 
     def clear(self) -> None:
         """Forget the requests."""
         self.requests = []
         self.rows = 0
-        self.solo = False
         self.deaths = self.last_owner = 0
+        self.awaits_judgement = False

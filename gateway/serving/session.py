@@ -20,8 +20,14 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # wheels since 1.29 report to their m
 import onnxruntime as ort
 
 from gateway.errors import LoadError
-from gateway.serving.geometry import Shape, shape_of
-from gateway.tensors import BY_ORT, Signature, TensorSpec
+from gateway.serving.geometry import Dims, Shape
+from gateway.tensors import BY_ORT, MAX_RANK, Signature, TensorSpec
+
+PROBE_SEED = 20
+"""Of the random rows that the split test compares."""
+
+PROBE_DIM = 4
+"""What the split test takes for a dim that varies; where the model refuses it, nothing is learned."""
 
 DEFAULT_MAX_BATCH_SIZE = 64
 """Rows a batch where the graph allows batching and no setting says otherwise."""
@@ -88,6 +94,7 @@ class ModelSession:
         ort.disable_telemetry_events()
         self._session = _open(path, device, threads)
         self.signature = _signature(self._session, max_batch_size)
+        self._decided_by_graph = max_batch_size is None
         self._run_options = ort.RunOptions()
         self._run_options.log_severity_level = LOG_FATAL_ONLY
 
@@ -120,7 +127,11 @@ class ModelSession:
             raise RunError.from_runtime(error) from None
 
     def unbound_outputs(self, binding: ort.IOBinding) -> list[np.ndarray[Any, Any]]:
-        """The outputs of a run that were left to ONNX Runtime, in the signature's order."""
+        """The outputs of a run that were left to ONNX Runtime, in the signature's order.
+
+        It keeps them in the binding and would insist on the same shapes in a next run: such a binding
+        is used once.
+        """
         return [np.ascontiguousarray(value.numpy()) for value in binding.get_outputs()]
 
     def warm_up(self) -> bool:
@@ -129,18 +140,81 @@ class ModelSession:
         Raises:
             LoadError: the model fails on them.
         """
-        if any(not isinstance(d, int) for s in self.signature.inputs for d in s.shape[1:]):
+        if self._inner_dims() is None:
             return False
-        dims = tuple(tuple(spec.wire_shape[1:]) for spec in self.signature.inputs)
         for rows in sorted({1, self.signature.max_batch_size}):
-            shape = shape_of(self.signature, dims, rows)
-            inputs = np.zeros(max(1, shape.input_bytes), np.uint8)
-            outputs = np.empty(shape.output_bytes, np.uint8)
+            zeros = [
+                np.zeros([rows, *inner], spec.datatype.dtype)
+                for spec, inner in zip(self.signature.inputs, self._inner_dims() or (), strict=True)
+            ]
             try:
-                self.run(self.bind(shape, rows, inputs.ctypes.data, outputs.ctypes.data))
+                self._run_arrays(zeros)
             except RunError as error:
-                raise LoadError(f"the warm-up with {rows} rows of zeros failed: {error}") from None
+                raise LoadError(
+                    f"the warm-up with {rows} rows of zeros failed: {error.public}", str(error)
+                ) from None
         return True
+
+    def check_rows_are_independent(self) -> None:
+        """Hold rows run together against the same rows run alone, unless a setting said they batch.
+
+        A dim that varies by name looks like a batch in many graphs that mix rows (a sequence, a mean
+        over the first dim). Requests of different clients must not be batched then.
+
+        Raises:
+            LoadError: the rows' answers depend on their mates.
+        """
+        if not self._decided_by_graph:
+            return
+        dims = [
+            [d if isinstance(d, int) else PROBE_DIM for d in spec.shape[1:]]
+            for spec in self.signature.inputs
+        ]
+        rng = np.random.default_rng(PROBE_SEED)
+        together = [
+            _sample(rng, [2, *inner], spec)
+            for spec, inner in zip(self.signature.inputs, dims, strict=True)
+        ]
+        try:
+            both = self._run_arrays(together)
+            alone = [self._run_arrays([a[i : i + 1].copy() for a in together]) for i in (0, 1)]
+        except RunError:
+            return  # the sample is outside the model's domain: it says nothing
+        for output, first, second in zip(both, *alone, strict=True):
+            joined = np.concatenate([first, second])
+            if joined.shape != output.shape or not np.allclose(
+                joined, output, rtol=1e-2, atol=1e-3, equal_nan=True
+            ):
+                raise LoadError(
+                    "its rows' answers depend on the other rows of a batch, so they cannot be "
+                    "batched; if that is acceptable, set max_batch_size in its config.yaml"
+                )
+
+    def _inner_dims(self) -> Dims | None:
+        """The inputs' dims without the batch, None where one varies."""
+        dims = tuple(tuple(spec.wire_shape[1:]) for spec in self.signature.inputs)
+        return None if any(d < 0 for inner in dims for d in inner) else dims
+
+    def _run_arrays(self, arrays: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
+        """Run on arrays by way of a binding, which takes every datatype (``run`` takes no BF16)."""
+        binding = self._session.io_binding()
+        for spec, array in zip(self.signature.inputs, arrays, strict=True):
+            binding.bind_input(
+                spec.name, "cpu", 0, _element(spec), list(array.shape), array.ctypes.data
+            )
+        for spec in self.signature.outputs:
+            binding.bind_output(spec.name, "cpu")
+        self.run(binding)
+        if any(spec.datatype.name == "BF16" for spec in self.signature.outputs):
+            return []  # NumPy has no such type to show it in
+        return self.unbound_outputs(binding)
+
+
+def _sample(rng: np.random.Generator, shape: list[int], spec: TensorSpec) -> np.ndarray[Any, Any]:
+    """Small random values that most models accept: 0 or 1 where they are whole numbers."""
+    if spec.datatype.dtype.kind == "f":
+        return rng.standard_normal(shape).astype(spec.datatype.dtype)
+    return rng.integers(0, 2, shape).astype(spec.datatype.dtype)
 
 
 def _open(path: Path, device: Device, threads: int) -> ort.InferenceSession:
@@ -163,7 +237,11 @@ def _open(path: Path, device: Device, threads: int) -> ort.InferenceSession:
     try:
         session = ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime raises classes of its own from C++
-        raise LoadError(_one_line(str(error), path)) from None
+        code = _ORT_TEXT.search(str(error))
+        raise LoadError(
+            f"ONNX Runtime refused the model ({code[1] if code else 'UNKNOWN'})",
+            " ".join(str(error).split()),
+        ) from None
     if device.provider not in session.get_providers():
         # ONNX Runtime falls back to the CPU in silence.
         raise LoadError(
@@ -186,6 +264,13 @@ def _signature(session: ort.InferenceSession, max_batch_size: int | None) -> Sig
                 "whether rows may be batched: set max_batch_size in the model's config.yaml if so"
             )
         max_batch_size = DEFAULT_MAX_BATCH_SIZE
+    batch = inputs[0].shape[0]
+    for spec in outputs:
+        if isinstance(batch, str) and batch in spec.shape[1:]:
+            raise LoadError(
+                f"output '{spec.name}' has the batch dim '{batch}' inside, too: a row's answer would "
+                f"hold the other rows of its batch"
+            )
     return Signature(inputs, outputs, max_batch_size)
 
 
@@ -196,6 +281,8 @@ def _spec(role: str, arg: Any) -> TensorSpec:
     if datatype.numpy is None:
         raise LoadError(f"{role} '{arg.name}' holds strings, which are not served")
     shape = tuple(dim if isinstance(dim, int | str) else None for dim in arg.shape)
+    if len(shape) > MAX_RANK:
+        raise LoadError(f"{role} '{arg.name}' has {len(shape)} dims, of {MAX_RANK} at most")
     if not shape or isinstance(shape[0], int):
         raise LoadError(
             f"{role} '{arg.name}' has shape {list(shape)}: its first dim must be the batch, and variable"
@@ -206,9 +293,3 @@ def _spec(role: str, arg: Any) -> TensorSpec:
 def _element(spec: TensorSpec) -> Any:
     """What io_binding takes as an element type; BF16 has no NumPy dtype and goes by ONNX's number."""
     return spec.datatype.onnx if spec.datatype.name == "BF16" else spec.datatype.dtype
-
-
-def _one_line(text: str, path: Path) -> str:
-    """ONNX Runtime's text without its prefix and without the path, which nobody needs to see."""
-    text = _ORT_TEXT.sub("", text).replace(str(path), path.name)
-    return " ".join(text.split()).lstrip(": ")

@@ -6,7 +6,7 @@ over that channel in the first message, ``load``.
 
 Messages in: ``load`` (path, device, threads, max_batch_size, …; fds: board) and ``frontend`` (fds: a channel
 to a front end) from the supervisor, ``exit``; from a front end ``lane`` (fds: control, inputs, outputs,
-bell) and ``drop``. Messages out: ``warming``, ``loaded`` (signature), ``failed`` (reason).
+bell). Messages out: ``warming``, ``loaded`` (signature), ``failed`` (reason).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from gateway._kernels import ring
 from gateway.clock import NS_PER_US, monotonic_ns
 from gateway.errors import LoadError
 from gateway.serving import geometry, memory, policy
-from gateway.serving.channel import Channel, Message
+from gateway.serving.channel import Channel, Message, MessageTooLarge
 from gateway.serving.session import Device, ModelSession, RunError
 from gateway.telemetry import logs
 
@@ -36,6 +36,12 @@ log = logging.getLogger("gateway.worker")
 MAX_BINDINGS = 2048
 """Cached bindings; bounds memory (a few kB each). Beyond it the least recently used is made again."""
 
+FOR_EVER = 0
+"""For `Consumer.sleep`: until woken."""
+
+MAX_SHAPES = 4096
+"""Shapes that are remembered of a lane; clients choose them."""
+
 ORPHAN_BACKSTOP_S = 60.0
 """How long after the supervisor's end, on top of the grace, a worker stays for a front end that hangs."""
 
@@ -43,7 +49,7 @@ ORPHAN_BACKSTOP_S = 60.0
 _TOO_SMALL = "the outputs of this request are larger than a slot of shared memory"
 
 LaneKey = tuple[int, int]
-"""A lane in this process: the descriptor of its front end's channel, and that front end's number."""
+"""A lane in this process: the descriptor of its front end's channel, and its number there."""
 
 
 class AttachedLane:
@@ -155,40 +161,33 @@ class Worker:
         while True:
             if not self._read_mail():
                 return
-            until_ns = self._serve_next()
-            if until_ns is None:
+            best = consumer.best()
+            until_ns = self._wait_until(best)
+            if best is not None and until_ns is None:
+                self._take(best)
                 continue
             consumer.announce()
-            if self._mailbox.letters or self._hold_until() != until_ns:
+            # The second look: for what came before the announcement.
+            if self._mailbox.letters or self._wait_until(consumer.best()) != until_ns:
                 consumer.retract()
-                continue
-            consumer.sleep(until_ns)
+            else:
+                consumer.sleep(until_ns or FOR_EVER)
 
-    def _serve_next(self) -> int | None:
-        """Run the best slot and return None, or return until when to wait (0: until woken)."""
-        best = self._consumer.best()
+    def _wait_until(self, best: ring.Offered | None) -> int | None:
+        """Until when to wait with what there is to run, None to run it now."""
         if best is None:
-            return 0
-        key, slot, word, rows, capacity, oldest_ns, shape_id, is_retry = best
-        now_ns = monotonic_ns()
-        until_ns = policy.decide(
-            policy.Offer(rows, capacity, oldest_ns, is_retry), now_ns, self._max_queue_delay_ns
+            return FOR_EVER
+        *_, oldest_ns, _shape_id, is_complete = best
+        return policy.hold_until(
+            policy.Offer(oldest_ns, is_complete), monotonic_ns(), self._max_queue_delay_ns
         )
-        if until_ns != policy.SEAL_NOW:
-            return until_ns
-        if self._consumer.seal(key, slot, word, now_ns):
+
+    def _take(self, best: ring.Offered) -> None:
+        """Seal a slot and run it, unless it has changed meanwhile."""
+        key, slot, word, rows, capacity, _oldest_ns, shape_id, _is_complete = best
+        if self._consumer.seal(key, slot, word, monotonic_ns()):
             self._consumer.pass_on()
             self._run_slot(key, slot, word, rows, capacity, shape_id)
-        return None
-
-    def _hold_until(self) -> int | None:
-        """What `_serve_next` would return, without running anything."""
-        best = self._consumer.best()
-        if best is None:
-            return 0
-        _key, _slot, _word, rows, capacity, oldest_ns, _shape_id, is_retry = best
-        offer = policy.Offer(rows, capacity, oldest_ns, is_retry)
-        return policy.decide(offer, monotonic_ns(), self._max_queue_delay_ns) or None
 
     def _run_slot(
         self, key: LaneKey, slot: int, word: int, rows: int, capacity: int, shape_id: int
@@ -197,21 +196,31 @@ class Worker:
         started_ns = monotonic_ns()
         try:
             shape = lane.shapes.get(shape_id) or self._learn_shape(key, slot, shape_id, capacity)
-            binding = self._binding(key, slot, rows, shape_id)
-            self._session.run(binding)
             if shape.outputs is None:
+                binding = self._make_binding(key, slot, rows, shape_id)
+                self._session.run(binding)
                 self._copy_outputs(lane, slot, binding)
+            else:
+                self._session.run(self._binding(key, slot, rows, shape_id))
             ok = True
-        except RunError as error:
-            log.debug("a run failed: %s", error)  # may quote clients' values
-            with lane.output_region(slot) as region:
-                geometry.write_error(region, error.public)
+        except Exception as error:
             ok = False
+            public = "the worker could not hand over the outputs"
+            if isinstance(error, RunError):
+                public = error.public
+                log.debug("a run failed: %s", error)  # may quote clients' values
+            else:
+                log.exception("a run failed in a way of ours")
+            with lane.output_region(slot) as region:
+                geometry.write_error(region, public)
         self._consumer.publish(key, slot, word, ok, started_ns, monotonic_ns())
 
     def _learn_shape(self, key: LaneKey, slot: int, shape_id: int, capacity: int) -> geometry.Shape:
         """The layout behind a shape id that was not seen before."""
         lane, signature = self._lanes[key], self._session.signature
+        if len(lane.shapes) >= MAX_SHAPES:
+            lane.shapes.clear()  # ids are never used twice; what is still in use is learned again
+            self._binding.cache_clear()
         dims = geometry.split_dims(signature, self._consumer.dims(key, slot))
         shape = geometry.shape_of(signature, dims, capacity)
         if (
@@ -301,16 +310,21 @@ def main(argv: list[str] | None = None) -> int:
             load["max_batch_size"],
         )
         supervisor.send("warming")
+        session.check_rows_are_independent()
         if load["warmup"] and not session.warm_up():
             log.info("%s: not warmed up, a variable dim leaves no shape to try", arguments.name)
     except LoadError as error:
-        supervisor.send("failed", reason=error.message)
+        supervisor.send("failed", reason=error.message, detail=error.detail)
         return 1
     board = memory.map_writable(board_fd, ring.board_bytes(load["seats"]))
     os.close(board_fd)
     consumer = ring.Consumer(board, load["seat"], load["incarnation"])
     mailbox = Mailbox(supervisor, consumer, load["orphan_grace_s"])
-    supervisor.send("loaded", signature=session.signature.to_wire())
+    try:
+        supervisor.send("loaded", signature=session.signature.to_wire())
+    except MessageTooLarge as error:
+        supervisor.send("failed", reason=f"its signature is too long: {error}", detail="")
+        return 1
     mailbox.start()
     Worker(session, consumer, mailbox, supervisor, load["max_queue_delay_us"]).run()
     return 0

@@ -67,7 +67,7 @@ class Metrics:
         )
         self.request_duration = self._histogram(
             "gateway_request_duration_seconds",
-            "From the request's body being read to its answer being encoded.",
+            "From the request's headers being read to its answer being encoded.",
             DURATION_BUCKETS_S,
         )
         self.queue_duration = self._histogram(

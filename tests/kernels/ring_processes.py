@@ -19,8 +19,10 @@ import select
 import sys
 import threading
 import time
+from collections.abc import Callable
 from importlib.machinery import ExtensionFileLoader
 from importlib.util import module_from_spec, spec_from_file_location
+from types import SimpleNamespace
 from typing import Any
 
 POISON = 2**64 - 1
@@ -46,14 +48,14 @@ def map_words(fd: int, access: int = mmap.ACCESS_DEFAULT) -> memoryview:
     return memoryview(mmap.mmap(fd, 0, access=access)).cast("Q")
 
 
-def wait_readable(fds: list[int], patience_s: float, what: str) -> set[int]:
+def wait_readable(fds: list[int], patience_s: float, what: Callable[[], str]) -> set[int]:
     """The readable ones of the descriptors; fails when nothing comes: a wake-up was lost."""
     poll = select.poll()
     for fd in fds:
         poll.register(fd, select.POLLIN)
     ready = {fd for fd, _ in poll.poll(patience_s * 1000)}
     if not ready:
-        raise TimeoutError(f"nothing happened for {patience_s} s: {what}")
+        raise TimeoutError(f"nothing happened for {patience_s} s: {what()}")
     return ready
 
 
@@ -64,35 +66,25 @@ class FrontEnd:
     output, and hears "dead INCARNATION", "drain" and "muster WORKERS" on its standard input.
     """
 
-    def __init__(self, ring: Any, arguments: dict[str, Any]):
+    def __init__(self, ring: Any, plan: SimpleNamespace):
         self.ring = ring
-        self.lane: int = arguments["lane"]
-        self.rows: int = arguments["rows"]
-        self.window: int = arguments["window"]
-        self.burst: list[int] = arguments["burst"]
-        self.wake_each_chance: float = arguments["wake_each_chance"]
-        self.cancel_chance: float = arguments["cancel_chance"]
-        self.full_house: bool = arguments["full_house"]
-        self.patience_s: float = arguments["patience_s"]
-        self.arrivals: int = arguments["arrivals"]
-        self.release: int = arguments["release"]
-        self.slots: int = arguments["slots"]
-        self.capacity: int = arguments["capacity"]
-        files = arguments["lanes"][self.lane]
+        self.plan = plan
+        self.lane: int = plan.lane
+        files = plan.lanes[plan.lane]
         self.bell: int = files["bell"]
         self.inputs = map_words(files["inputs"])
         self.outputs = map_words(files["outputs"], mmap.ACCESS_READ)
         self.runs = map_words(files["runs"], mmap.ACCESS_READ)
-        self.board = mmap.mmap(arguments["board"], 0)
+        self.board = mmap.mmap(plan.board, 0)
         control = mmap.mmap(files["control"], 0)
-        self.producer = ring.Producer(control, self.slots, 1, self.board)
-        self.random = random.Random(arguments["seed"])
+        self.producer = ring.Producer(control, plan.slots, 1, self.board)
+        self.random = random.Random(plan.seed)
 
         self.batches: dict[int, list[int]] = {}
         self.open_slots: set[int] = set()  # as far as is known here: a worker may have sealed them
         self.retries: set[int] = set()
         self.dead = {0}  # what a seat shows before its first worker
-        self.free = list(range(self.slots))
+        self.free = list(range(self.plan.slots))
         self.next_row = 0
         self.answered: dict[int, int] = {}
         self.cancelled: dict[int, int] = {}  # row: how often it had run by then
@@ -127,19 +119,21 @@ class FrontEnd:
         """Send rows until told to drain, then see the last of them answered."""
         while self.batches or not self.draining:
             outstanding = sum(map(len, self.batches.values()))
-            full = outstanding >= self.window or not (self.free or self.open_slots)
+            full = outstanding >= self.plan.window or not (self.free or self.open_slots)
             if not (self.draining or full or self.is_short_of_workers()):
                 self.submit()
             else:
                 self.wait()
-            if self.batches and self.random.random() < self.cancel_chance:
+            if self.batches and self.random.random() < self.plan.cancel_chance:
                 self.cancel(self.random.choice(list(self.batches)))
             for slot in self.producer.collect():
                 self.finish(slot)
 
     def is_short_of_workers(self) -> bool:
         """Whether a dead worker's seat is still empty, where the scenario waits for the next one."""
-        return self.full_house and any(seat[0] in self.dead for seat in self.ring.seats(self.board))
+        return self.plan.full_house and any(
+            seat[0] in self.dead for seat in self.ring.seats(self.board)
+        )
 
     def say(self, line: str) -> None:
         os.write(1, line.encode() + b"\n")
@@ -162,7 +156,7 @@ class FrontEnd:
         """Sleep until a worker reports or a message comes."""
         if not self.producer.arm():
             return
-        ready = wait_readable([self.bell, 0], self.patience_s, self.describe())
+        ready = wait_readable([self.bell, 0], self.plan.patience_s, self.describe)
         if self.bell in ready:
             os.eventfd_read(self.bell)
         if 0 in ready and not self.hear():
@@ -176,22 +170,22 @@ class FrontEnd:
 
     def submit(self) -> None:
         """A burst of rows, with a wake-up for each addition or one for all."""
-        each = self.random.random() < self.wake_each_chance
-        for _ in range(self.random.randint(*self.burst)):
-            if not self.add(self.random.randint(1, min(3, self.capacity))):
+        each = self.random.random() < self.plan.wake_each_chance
+        for _ in range(self.random.randint(*self.plan.burst)):
+            if not self.add(self.random.randint(1, min(3, self.plan.capacity))):
                 break
             if each:
                 self.producer.wake()
         if not each:
             self.producer.wake()
-        if self.next_row >= self.rows and not self.was_enough:
+        if self.next_row >= self.plan.rows and not self.was_enough:
             self.was_enough = True
             self.say("enough")
 
     def add(self, count: int) -> bool:
         """Add rows to a slot thought open, if there is one with room, or to a free one."""
         rows = range(self.next_row, self.next_row + count)
-        roomy = [n for n in self.open_slots if len(self.batches[n]) + count <= self.capacity]
+        roomy = [n for n in self.open_slots if len(self.batches[n]) + count <= self.plan.capacity]
         if roomy and self.random.random() < 0.8:
             slot = self.random.choice(roomy)
             batch = self.batches[slot]
@@ -213,11 +207,11 @@ class FrontEnd:
         self.write(slot, 0, rows)
         self.batches[slot] = list(rows)
         stamp = rows[0] % 2**62
-        self.producer.open(slot, len(rows), stamp, stamp + 1, self.capacity, (stamp + 2,))
+        self.producer.open(slot, len(rows), stamp, stamp + 1, self.plan.capacity, (stamp + 2,))
         self.open_slots.add(slot)
 
     def write(self, slot: int, at: int, rows: Any) -> None:
-        for i, row in enumerate(rows, slot * self.capacity + at):
+        for i, row in enumerate(rows, slot * self.plan.capacity + at):
             self.inputs[i] = row
 
     def cancel(self, slot: int) -> None:
@@ -254,7 +248,7 @@ class FrontEnd:
         if phase != self.ring.DONE:
             return
         assert self.producer.rows(slot) == len(batch)
-        begin = slot * self.capacity
+        begin = slot * self.plan.capacity
         given = self.outputs[begin : begin + len(batch)].tolist()
         assert given == [answer(self.lane, row) for row in batch], f"wrong answers in slot {slot}"
         started_ns, finished_ns = self.producer.times(slot)
@@ -262,7 +256,7 @@ class FrontEnd:
         for row in batch:
             self.answered[row] = self.answered.get(row, 0) + 1
         self.completed += 1
-        self.write(slot, 0, [POISON] * self.capacity)
+        self.write(slot, 0, [POISON] * self.plan.capacity)
         self.producer.free(slot)
         self.forget(slot)
 
@@ -277,7 +271,7 @@ class FrontEnd:
                     self.retried[row] = self.retried.get(row, 0) + 1
                 self.open_slots.discard(slot)
                 self.retries.add(slot)
-                if self.random.random() < self.cancel_chance:
+                if self.random.random() < self.plan.cancel_chance:
                     self.cancel(slot)
             else:
                 self.finish(slot)  # DONE, perhaps, with a bell that never rang
@@ -285,16 +279,18 @@ class FrontEnd:
         self.say("reclaimed")
 
     def muster(self, workers: int) -> None:
-        """Have every worker hold a slot at once: one that sleeps past its wake-up is missed."""
+        """Have every worker hold a slot at once: one that sleeps past its wake-up is missed.
+
+        One of them is woken here, and that one or the next has to pass it on.
+        """
         for n in range(workers):
             self.open(range(HOLD + n, HOLD + n + 1))
-            self.producer.wake()
+        self.producer.wake()
         came = 0
-        while came < workers:
-            what = f"{came} of {workers} workers mustered; {self.describe()}"
-            wait_readable([self.arrivals], self.patience_s, what)
-            came += os.eventfd_read(self.arrivals)
-        os.eventfd_write(self.release, workers)
+        while came < workers:  # too few: the seats tell who is missing
+            wait_readable([self.plan.arrivals], self.plan.patience_s, self.describe)
+            came += os.eventfd_read(self.plan.arrivals)
+        os.eventfd_write(self.plan.release, workers)
         while self.batches:
             self.wait()
             for slot in self.producer.collect():
@@ -312,32 +308,29 @@ class FrontEnd:
                 assert self.answered.get(row) == 1, f"row {row}: {self.answered.get(row)} answers"
                 most = 1 + self.retried.get(row, 0)
                 assert 1 <= ran <= most, f"row {row} ran {ran} times, not 1 to {most}"
-        assert set(self.free) == set(range(self.slots))
-        assert len(self.free) == self.slots
+        assert set(self.free) == set(range(self.plan.slots))
+        assert len(self.free) == self.plan.slots
 
 
 class Worker:
     """One incarnation on a seat, serving all lanes until its standard input ends."""
 
-    def __init__(self, ring: Any, arguments: dict[str, Any]):
-        self.arrivals: int = arguments["arrivals"]
-        self.release: int = arguments["release"]
-        self.patience_s: float = arguments["patience_s"]
-        self.capacity: int = arguments["capacity"]
-        self.lanes = []
-        self.bells = [files["bell"] for files in arguments["lanes"]]
+    def __init__(self, ring: Any, plan: SimpleNamespace):
+        self.plan = plan
         self.stopping = False
-        board = mmap.mmap(arguments["board"], 0)
-        self.consumer = ring.Consumer(board, arguments["seat"], arguments["incarnation"])
-        for key, files in enumerate(arguments["lanes"]):
+        self.consumer = ring.Consumer(mmap.mmap(plan.board, 0), plan.seat, plan.incarnation)
+        self.lanes = []
+        for key, files in enumerate(plan.lanes):
             control = mmap.mmap(files["control"], 0)
-            self.consumer.attach(key, control, arguments["slots"], 1, files["bell"])
+            self.consumer.attach(key, control, plan.slots, 1, files["bell"])
             inputs = map_words(files["inputs"], mmap.ACCESS_READ)
             self.lanes.append((inputs, map_words(files["outputs"]), map_words(files["runs"])))
 
     def serve(self) -> None:
-        for bell in self.bells:
-            os.eventfd_write(bell, 1)  # for a front end that waits until every seat is taken
+        for files in self.plan.lanes:
+            os.eventfd_write(
+                files["bell"], 1
+            )  # for a front end that waits until every seat is taken
         threading.Thread(target=self.listen, daemon=True).start()
         consumer = self.consumer
         while True:
@@ -355,7 +348,7 @@ class Worker:
             if consumer.seal(key, slot, word, time.monotonic_ns()):
                 consumer.pass_on()
                 stated = (capacity, shape_id, consumer.dims(key, slot))
-                assert stated == (self.capacity, oldest_ns + 1, (oldest_ns + 2,))
+                assert stated == (self.plan.capacity, oldest_ns + 1, (oldest_ns + 2,))
                 started_ns = time.monotonic_ns()
                 self.run(key, slot, rows)
                 finished_ns = time.monotonic_ns()
@@ -363,13 +356,13 @@ class Worker:
 
     def run(self, lane: int, slot: int, rows: int) -> None:
         inputs, outputs, runs = self.lanes[lane]
-        for at in range(slot * self.capacity, slot * self.capacity + rows):
+        for at in range(slot * self.plan.capacity, slot * self.plan.capacity + rows):
             row = inputs[at]
             assert row != POISON, f"slot {slot} of lane {lane} was sealed with rows that are none"
             if row >= HOLD:
-                os.eventfd_write(self.arrivals, 1)
-                wait_readable([self.release], self.patience_s, "the muster")
-                os.eventfd_read(self.release)
+                os.eventfd_write(self.plan.arrivals, 1)
+                wait_readable([self.plan.release], 2 * self.plan.patience_s, lambda: "the muster")
+                os.eventfd_read(self.plan.release)
             else:
                 runs[row] += 1
             outputs[at] = answer(lane, row)
@@ -383,11 +376,11 @@ class Worker:
 
 
 def main() -> None:
-    arguments = json.loads(sys.argv[1])
-    ring = load_ring(arguments["ring"])
-    ring.set_steps(arguments["seed"], arguments["deaths"])
-    role = FrontEnd if arguments["role"] == "front end" else Worker
-    role(ring, arguments).serve()
+    plan = SimpleNamespace(**json.loads(sys.argv[1]))
+    ring = load_ring(plan.ring)
+    ring.set_steps(plan.seed, plan.deaths)
+    role = FrontEnd if plan.role == "front end" else Worker
+    role(ring, plan).serve()
 
 
 if __name__ == "__main__":

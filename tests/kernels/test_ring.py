@@ -177,11 +177,13 @@ def test_every_field_lies_where_the_layout_says(make: Callable[..., Ring]) -> No
     ring = make(slots=70, dims=9)
     raw, slot = ring.raw, 69
     assert len(ring.control) == 256 + 70 * 256
-    assert [raw.head(at) for at in (0, 4, 8, 12)] == [0x474E5247, 1, 70, 9]
+    assert [raw.head(at) for at in (0, 4, 8, 12)] == [0x474E5247, 2, 70, 9]
     dims = tuple(range(-4, 5))
     ring.producer.open(slot, 3, 111, 222, 33, dims)
     assert raw.word(slot) == (OPEN, 0, 3, 0)
-    assert [raw.field(slot, at) for at in (8, 16, 24)] == [111, 222, 33]
+    assert [raw.field(slot, at) for at in (8, 16, 24, 32)] == [111, 222, 33, 0]
+    ring.producer.complete(slot)
+    assert raw.field(slot, 32) == 1
     assert raw.bits(twin.LANE_OPEN_BITS) == [slot]
     assert ring.consumer.dims("lane", slot) == dims
     assert ring.producer.arm()
@@ -369,6 +371,7 @@ def test_edit_goes_back_to_where_it_was(ring: Ring, phase: str, rows: int) -> No
     else:
         assert ring.word() == (FREE, 0, 0, 1)
         assert ring.consumer.best() is None
+    assert ring.raw.bits(twin.LANE_OPEN_BITS) == ([0] if rows else [])
     assert ring.producer.rows(0) == rows
 
 
@@ -496,11 +499,38 @@ def test_best_prefers_retries_whatever_their_age(ring: Ring) -> None:
     assert order == [(2, True), (0, True), (1, False), (3, False)]
 
 
+def test_best_prefers_what_nothing_more_can_join(ring: Ring) -> None:
+    for slot, (rows, oldest_ns) in enumerate(((1, 10), (CAPACITY, 40), (2, 30), (1, 20))):
+        ring.open(slot, rows, oldest_ns=oldest_ns)
+    ring.producer.complete(2)
+    order = []
+    while (found := ring.consumer.best()) is not None:
+        order.append((found[1], found[7]))
+        assert ring.consumer.seal("lane", found[1], found[2], 1)
+    assert order == [(2, True), (1, True), (0, False), (3, False)]
+
+
+def test_completeness_ends_with_the_slots_use(ring: Ring) -> None:
+    ring.open()
+    ring.producer.complete(0)
+    assert ring.publish(0, ring.seal(0))
+    ring.producer.free(0)
+    ring.open()
+    assert ring.consumer.best()[7] is False
+
+
+@pytest.mark.parametrize("phase", ["FREE", "RETRY"])
+def test_only_an_open_slot_is_completed(ring: Ring, phase: str) -> None:
+    ring.reach(phase)
+    with pytest.raises(ValueError, match=r"OPEN|complete"):
+        ring.producer.complete(0)
+
+
 def test_best_looks_across_lanes(make: Callable[..., Ring]) -> None:
     ring, second = make(), make(slots=130, dims=0)
     ring.consumer.attach("second", second.control, 130, 0, second.bell)
     for slot, oldest_ns in ((129, 10), (64, 30), (63, 50)):
-        second.producer.open(slot, 1, oldest_ns, 1, 1)
+        second.producer.open(slot, 1, oldest_ns, 1, 2)
     for slot, oldest_ns in ((0, 20), (3, 40)):
         ring.open(slot, oldest_ns=oldest_ns)
     second.seal(63)

@@ -178,6 +178,12 @@ class KernelAndTwin(RuleBasedStateMachine):
         if self.both(lambda side: side.producers[lane].append(slot, rows)) is True:
             self.ledger.add((lane, slot), rows)
 
+    @in_phase(OPEN, SEALED)
+    @rule(pick=picks)
+    def complete(self, pick: int) -> None:
+        lane, slot = self.picked(pick, OPEN, SEALED)
+        self.both(lambda side: side.producers[lane].complete(slot))
+
     @in_phase(OPEN, RETRY, SEALED)
     @rule(pick=picks)
     def edit(self, pick: int) -> None:

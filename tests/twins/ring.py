@@ -19,14 +19,14 @@ MAX_ROWS = 0xFFFF
 MAX_INCARNATION = 0xFFF
 
 MAGIC = 0x474E5247
-VERSION = 1
+VERSION = 2
 LINE = 64
 
 # Byte offsets of a lane's head (four 32-bit words, one more, two bitmaps) and its size.
 LANE_MAGIC, LANE_LAYOUT, LANE_SLOTS, LANE_DIMS = 0, 4, 8, 12
 LANE_ARMED, LANE_OPEN_BITS, LANE_DONE_BITS, LANE_BYTES = 64, 128, 192, 256
 # Of a slot's record (64-bit words), which its dims follow.
-SLOT_WORD, SLOT_OLDEST, SLOT_SHAPE, SLOT_CAPACITY = 0, 8, 16, 24
+SLOT_WORD, SLOT_OLDEST, SLOT_SHAPE, SLOT_CAPACITY, SLOT_COMPLETE = 0, 8, 16, 24, 32
 SLOT_STARTED, SLOT_FINISHED, SLOT_BYTES = 64, 72, 128
 # Of a seat: two 32-bit words, two of 64 bits.
 SEAT_STATE, SEAT_INCARNATION, SEAT_BATCHES, SEAT_BUSY, SEAT_BYTES = 0, 4, 8, 16, 64
@@ -272,6 +272,7 @@ class Producer:
             self.lane.dims(slot)[i] = dim
         for offset, field in zip((SLOT_OLDEST, SLOT_SHAPE, SLOT_CAPACITY), fields, strict=True):
             self.lane.set_field(slot, offset, field)
+        self.lane.set_field(slot, SLOT_COMPLETE, 0)
         mirror.capacity = capacity
         self.publish(slot, OPEN, rows)
 
@@ -289,6 +290,11 @@ class Producer:
             return False
         mirror.rows += rows
         return True
+
+    def complete(self, slot: int) -> None:
+        if self.mirror(slot).phase != OPEN:
+            raise ValueError("not OPEN")
+        self.lane.set_field(slot, SLOT_COMPLETE, 1)
 
     def edit(self, slot: int) -> bool:
         mirror = self.mirror(slot)
@@ -408,13 +414,16 @@ class Consumer:
             for slot in lane.bits(LANE_OPEN_BITS):
                 word = lane.word(slot)
                 if word.phase in (OPEN, RETRY):
+                    is_full = word.rows >= lane.field(slot, SLOT_CAPACITY)
+                    is_complete = is_full or lane.field(slot, SLOT_COMPLETE) != 0
+                    rank = 0 if word.phase == RETRY else 1 if is_complete else 2
                     oldest_ns = lane.field(slot, SLOT_OLDEST)
-                    found.append((word.phase == OPEN, oldest_ns, order, slot, key, lane, word))
+                    found.append((rank, oldest_ns, order, slot, key, lane, word))
         if not found:
             return None
-        fresh, oldest_ns, _, slot, key, lane, word = min(found, key=lambda entry: entry[:4])
+        rank, oldest_ns, _, slot, key, lane, word = min(found, key=lambda entry: entry[:4])
         capacity, shape_id = lane.field(slot, SLOT_CAPACITY), lane.field(slot, SLOT_SHAPE)
-        return key, slot, word.pack(), word.rows, capacity, oldest_ns, shape_id, not fresh
+        return key, slot, word.pack(), word.rows, capacity, oldest_ns, shape_id, rank < 2
 
     def seal(self, key: Hashable, slot: int, word: int, now_ns: int) -> bool:
         seen = Word.unpack(unsigned(word, 64))

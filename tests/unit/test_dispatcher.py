@@ -15,11 +15,20 @@ import numpy as np
 import pytest
 
 from gateway._kernels import ring
-from gateway.errors import DeadlineExceeded, InferenceFailed, InvalidRequest, QueueFull
+from gateway.clock import monotonic_ns
+from gateway.errors import (
+    DeadlineExceeded,
+    InferenceFailed,
+    InvalidRequest,
+    QueueFull,
+    TooLarge,
+    Unavailable,
+)
 from gateway.protocols.call import InferCall, InputTensor
 from gateway.serving import geometry, memory
 from gateway.serving.channel import Channel
-from gateway.serving.dispatcher import Dispatcher, Limits, deadline_ns
+from gateway.serving.dispatcher import Dispatcher, Limits
+from gateway.serving.placement import Placement
 from gateway.serving.request import Request, State
 from gateway.telemetry.metrics import Metrics
 from gateway.tensors import DATATYPES, Signature, TensorSpec
@@ -29,13 +38,17 @@ SIGNATURE = Signature(
     (TensorSpec("x", FP32, ("n", 2)),), (TensorSpec("y", FP32, ("n", 2)),), max_batch_size=4
 )
 SEGV, KILL = 11, 9
+FAR_US = 10**9
 
 
-class Timers:
-    """Stands in for the event loop's call_later: nothing fires by itself."""
+class Loop:
+    """Stands in for the event loop: nothing fires by itself."""
 
     def __init__(self) -> None:
         self.pending: list[tuple[float, Callable, Request]] = []
+
+    def call_soon(self, function, *args) -> None:
+        function(*args)
 
     def call_later(self, delay_s, function, request):
         entry = (delay_s, function, request)
@@ -135,7 +148,7 @@ class Bench:
     def __init__(self, workers: int = 1, max_queue_size: int = 100, timeout_ns: int = 0) -> None:
         size = ring.board_bytes(workers + 12)
         self.board = mmap.mmap(-1, size)
-        self.timers = Timers()
+        self.loop = Loop()
         self.lanes = []
         self.convictions = 0
         self.metrics = Metrics().version("m", 1)
@@ -144,7 +157,7 @@ class Bench:
             Limits(max_queue_size, timeout_ns, 1 << 20),
             self.board,
             self.metrics,
-            self.timers.call_later,
+            self.loop,
             self.lanes.append,
             self.convict,
         )
@@ -163,22 +176,19 @@ class Bench:
         self.dispatcher.worker_up(worker.incarnation, worker.theirs)
         return worker
 
-    def ask(self, *values: float, deadline_ns: int = 0) -> Outcome:
+    def ask(self, *values: float, timeout_us: int | None = None) -> Outcome:
         """Submit a request with one row per value."""
         data = [v for value in values for v in (value, value + 0.5)]
         call = InferCall([InputTensor("x", FP32, (len(values), 2), data)], rows=len(values))
+        call.timeout_us = timeout_us
         outcome = Outcome(None)
-        outcome.request = Request(
-            call,
-            ((2,),),
-            1,
-            deadline_ns,
-            lambda outputs, _t: outcome.rows.append(
-                np.frombuffer(outputs[0].data, np.float32).tolist()
-            ),
-            outcome.errors.append,
+
+        def on_answer(outputs, _timing) -> None:
+            outcome.rows.append(np.frombuffer(outputs[0].data, np.float32).tolist())
+
+        outcome.request = self.dispatcher.submit(
+            call, monotonic_ns(), on_answer, outcome.errors.append
         )
-        self.dispatcher.submit(outcome.request)
         return outcome
 
     def deliver(self) -> None:
@@ -286,8 +296,8 @@ def test_an_expired_request_is_answered_while_the_worker_is_busy_and_never_runs(
     bench = make_bench()
     bench.ask(1)
     busy = bench.workers[0].seal()
-    late = bench.ask(2, deadline_ns=5)
-    bench.timers.fire()
+    late = bench.ask(2, timeout_us=FAR_US)
+    bench.loop.fire()
     assert isinstance(late.errors[0], DeadlineExceeded)
     bench.workers[0].publish(busy)
     bench.deliver()
@@ -296,14 +306,14 @@ def test_an_expired_request_is_answered_while_the_worker_is_busy_and_never_runs(
 
 def test_an_expiry_after_the_seal_lets_the_run_answer(make_bench):
     bench = make_bench()
-    outcome = bench.ask(1, deadline_ns=5)
+    outcome = bench.ask(1, timeout_us=FAR_US)
     taken = bench.workers[0].seal()
-    bench.timers.fire()
+    bench.loop.fire()
     assert outcome.errors == []
     bench.workers[0].publish(taken)
     bench.deliver()
     assert outcome.rows == doubled(1)
-    assert bench.timers.pending == []
+    assert bench.loop.pending == []
 
 
 def test_beyond_workers_plus_one_full_slots_requests_queue_in_order(make_bench):
@@ -336,8 +346,8 @@ def test_a_full_queue_refuses_and_frees_up(make_bench):
 def test_queued_requests_can_expire_and_be_cancelled(make_bench):
     bench = make_bench()
     placed = [bench.ask(i) for i in range(8)]
-    expired, cancelled, kept = bench.ask(20, deadline_ns=5), bench.ask(21), bench.ask(22)
-    bench.timers.fire()
+    expired, cancelled, kept = bench.ask(20, timeout_us=FAR_US), bench.ask(21), bench.ask(22)
+    bench.loop.fire()
     bench.dispatcher.cancel(cancelled.request)
     assert isinstance(expired.errors[0], DeadlineExceeded)
     assert sum(bench.run_all(bench.workers[0])) == 9
@@ -349,9 +359,8 @@ def test_data_that_does_not_decode_is_refused_wherever_the_request_would_go(make
     bench = make_bench()
     for _ in range(12):  # an empty lane, an open slot, a full one, the queue
         call = InferCall([InputTensor("x", FP32, (1, 2), [1.0, "a"])], rows=1)
-        request = Request(call, ((2,),), 1, 0, lambda *_: None, lambda _: None)
         with pytest.raises(InvalidRequest, match="input 'x'"):
-            bench.dispatcher.submit(request)
+            bench.dispatcher.submit(call, 1, lambda *_: None, lambda _: None)
         bench.ask(1)
     assert sum(bench.run_all(bench.workers[0])) == 12
 
@@ -480,7 +489,104 @@ def test_failing_the_version_ends_every_request_once(make_bench):
 
 
 def test_deadlines_take_the_shorter_of_request_and_model():
-    assert deadline_ns(None, Limits(1, 0, 1), 1000) == 0
-    assert deadline_ns(5, Limits(1, 0, 1), 1000) == 6000
-    assert deadline_ns(5, Limits(1, 2000, 1), 1000) == 3000
-    assert deadline_ns(None, Limits(1, 2000, 1), 1000) == 3000
+    assert Limits(1, 0, 1).deadline_ns(None, 1000) == 0
+    assert Limits(1, 0, 1).deadline_ns(5, 1000) == 6000
+    assert Limits(1, 2000, 1).deadline_ns(5, 1000) == 3000
+    assert Limits(1, 2000, 1).deadline_ns(None, 1000) == 3000
+
+
+def test_a_request_past_its_deadline_is_not_run_again_after_a_death(make_bench):
+    bench = make_bench(workers=2)
+    late, mate = bench.ask(1, timeout_us=1), bench.ask(2)
+    bench.workers[0].seal()
+    bench.loop.fire()  # too late to take it back: a worker has it
+    assert late.errors == []
+    bench.dispatcher.worker_died(1)
+    assert isinstance(late.errors[0], DeadlineExceeded)
+    assert bench.run_all(bench.workers[1]) == [2]  # its row runs along, unheard
+    assert (late.rows, mate.rows) == ([], doubled(2))
+
+
+def test_a_poison_request_is_convicted_though_other_workers_are_idle(make_bench):
+    bench = make_bench(workers=6)
+    poison = bench.ask(666)
+    for worker in bench.workers[:2]:
+        assert worker.seal() is not None
+        bench.dispatcher.worker_died(worker.incarnation)
+        if worker is bench.workers[1]:
+            assert bench.workers[2].seal() is None  # nobody else dies before it is judged
+        bench.dispatcher.worker_exited(worker.incarnation, SEGV, False)
+    assert isinstance(poison.errors[0], InferenceFailed)
+    assert bench.convictions == 1
+    assert bench.dispatcher.waiting() == 0
+
+
+def test_an_acquitted_request_runs_again(make_bench):
+    bench = make_bench(workers=3)
+    outcome = bench.ask(1)
+    for worker, how in zip(bench.workers, (SEGV, KILL), strict=False):
+        worker.seal()
+        bench.dispatcher.worker_died(worker.incarnation)
+        bench.dispatcher.worker_exited(worker.incarnation, how, False)
+    assert bench.run_all(bench.workers[2]) == [1]
+    assert outcome.rows == doubled(1)
+
+
+def test_without_a_supervisor_nothing_waits_for_judgement(make_bench):
+    bench = make_bench(workers=4)
+    outcome = bench.ask(1)
+    for worker in bench.workers[:2]:
+        worker.seal()
+        bench.dispatcher.worker_died(worker.incarnation)
+    assert bench.workers[2].seal() is None
+    bench.dispatcher.orphaned()
+    assert bench.workers[2].seal() is not None
+    bench.dispatcher.worker_died(bench.workers[2].incarnation)
+    assert bench.run_all(bench.workers[3]) == [1]
+    assert outcome.rows == doubled(1)
+
+
+def test_a_row_that_fits_no_lane_is_refused_before_memory_is_taken(make_bench):
+    bench = make_bench()
+    dynamic = Signature(
+        (TensorSpec("x", FP32, ("n", "a", "b")),), (TensorSpec("y", FP32, ("n", "b")),), 4
+    )
+    placement = Placement(dynamic, 1 << 20, bench.board, bench.lanes.append)
+    with pytest.raises(TooLarge, match="lane_bytes"):
+        placement.key(((0, 10**15),))  # no input bytes, and an output of 4 PB
+    assert placement.lanes == []
+
+
+def test_no_memory_for_a_lane_is_unavailable_and_leaks_nothing(make_bench, monkeypatch):
+    bench = make_bench()
+    before = len(os.listdir("/proc/self/fd"))
+
+    def fail(*_args):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(memory, "map_read_only", fail)
+    with pytest.raises(Unavailable):
+        bench.ask(1)
+    assert len(os.listdir("/proc/self/fd")) == before
+    monkeypatch.undo()
+    outcome = bench.ask(1)
+    assert bench.run_all(bench.workers[0]) == [1]
+    assert outcome.rows == doubled(1)
+
+
+def test_ended_requests_leave_the_queue_though_its_head_is_stuck(make_bench):
+    bench = make_bench(max_queue_size=20)
+    [bench.ask(i) for i in range(10)]
+    for i in range(500):
+        bench.dispatcher.cancel(bench.ask(i).request)
+    assert len(bench.dispatcher._queue) < 100
+    assert sum(bench.run_all(bench.workers[0])) == 10
+
+
+def test_a_slot_that_the_next_request_does_not_fit_is_complete(make_bench):
+    bench = make_bench()
+    bench.ask(1, 2, 3)
+    bench.workers[0].read_mail()
+    assert bench.workers[0].consumer.best()[7] is False
+    bench.ask(4, 5)
+    assert bench.workers[0].consumer.best()[7] is True

@@ -59,7 +59,8 @@ def test_a_fixed_model_gets_exact_slots_and_a_dynamic_one_size_classes():
 
 def test_very_large_rows_make_smaller_batches():
     assert geometry.capacity_of(DYNAMIC, ((10,), (3,)), 1 << 20) == 8
-    assert geometry.capacity_of(DYNAMIC, ((1 << 17,), (3,)), 1 << 20) == 1
+    assert geometry.capacity_of(DYNAMIC, ((1 << 16,), (3,)), 1 << 20) == 1  # outputs of 1 MiB
+    assert geometry.capacity_of(DYNAMIC, ((1 << 17,), (3,)), 1 << 20) == 0
 
 
 def test_an_output_dim_that_no_input_binds_is_only_known_after_the_run():

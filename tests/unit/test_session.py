@@ -152,3 +152,57 @@ def test_telemetry_is_off_before_the_runtime_is_imported():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == ["1"]
+
+
+def write_mixing(path, kind):
+    """Graphs whose rows depend on their mates though their first dims are one symbol."""
+    if kind == "mean over the batch":
+        nodes = [
+            helper.make_node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1),
+            helper.make_node("Sub", ["x", "m"], ["y"]),
+        ]
+        return save(path, nodes, [value("x", ["n", 4])], [value("y", ["n", 4])])
+    if kind == "mean, another dim variable":
+        nodes = [
+            helper.make_node("ReduceMean", ["x"], ["m"], axes=[0], keepdims=1),
+            helper.make_node("Sub", ["x", "m"], ["y"]),
+        ]
+        return save(path, nodes, [value("x", ["n", "k"])], [value("y", ["n", "k"])])
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0]),
+        helper.make_node("MatMul", ["x", "t"], ["y"]),
+    ]
+    return save(path, nodes, [value("x", ["n", 4])], [value("y", ["n", "n"])])
+
+
+@pytest.mark.parametrize("kind", ["mean over the batch", "mean, another dim variable"])
+def test_rows_that_depend_on_their_mates_are_not_batched_by_default(tmp_path, kind):
+    path = write_mixing(tmp_path / "m.onnx", kind)
+    with pytest.raises(LoadError, match="depend on the other rows"):
+        ModelSession(path, CPU, 1, None).check_rows_are_independent()
+    ModelSession(path, CPU, 1, 8).check_rows_are_independent()  # a setting said that it is fine
+
+
+def test_a_batch_dim_within_a_row_is_refused(tmp_path):
+    path = write_mixing(tmp_path / "m.onnx", "products of rows")
+    with pytest.raises(LoadError, match="the batch dim 'n' inside"):
+        ModelSession(path, CPU, 1, 8)
+
+
+def test_independent_rows_pass(tmp_path, benchmark_models):
+    for name in ("echo", "mlp784", "gather", "multi", "dynamic"):
+        benchmark_models.MODELS[name][0](tmp_path / f"{name}.onnx")
+        ModelSession(tmp_path / f"{name}.onnx", CPU, 1, None).check_rows_are_independent()
+
+
+def test_a_bf16_model_is_warmed_up(tmp_path):
+    bf16 = TensorProto.BFLOAT16
+    path = save(
+        tmp_path / "m.onnx",
+        [helper.make_node("Identity", ["x"], ["y"])],
+        [value("x", ["n", 4], bf16)],
+        [value("y", ["n", 4], bf16)],
+    )
+    session = ModelSession(path, CPU, 1, None)
+    session.check_rows_are_independent()
+    assert session.warm_up()

@@ -133,6 +133,7 @@ OTHER_VALUES = {
     "max_request_bytes": 1 << 20,  # more than the default would not fit a lane
     "model_repository": "other",
     "host": "gateway.example",
+    "metrics_host": "gateway.example",
     "log_level": "debug",
     "log_format": "json",
 }

@@ -1,0 +1,167 @@
+"""Which slot a request goes into: lanes, shapes, and the open slot of each shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from mmap import mmap
+
+from gateway.errors import TooLarge, Unavailable
+from gateway.serving import geometry
+from gateway.serving.lane import Lane
+from gateway.serving.request import Request, ShapeKey, Slot
+from gateway.tensors import Signature
+
+MAX_SHAPES = 4096
+"""Shapes that are remembered before numbering begins anew; clients choose them."""
+
+
+class Placement:
+    """The lanes of one version in one front end, and where the next row goes.
+
+    Args:
+        signature: the model's.
+        lane_bytes: budget of a lane.
+        board: mapping of the version's board.
+        on_lane: called with each new lane.
+    """
+
+    def __init__(
+        self,
+        signature: Signature,
+        lane_bytes: int,
+        board: mmap,
+        on_lane: Callable[[Lane], None],
+    ) -> None:
+        self.lanes: list[Lane] = []  # by number
+        self._signature = signature
+        self._lane_bytes = lane_bytes
+        self._board = board
+        self._on_lane = on_lane
+        self._keys: dict[geometry.Dims, ShapeKey] = {}
+        self._next_shape_id = 0
+        self._cursors: dict[int, Slot] = {}  # by shape id: the open slot to append to
+        self._complete: set[Slot] = set()  # unsealed as far as known, and nothing more joins
+
+    def key(self, dims: geometry.Dims) -> ShapeKey:
+        """The shape with these inner dims of each input; makes its lane on first use.
+
+        Raises:
+            TooLarge: not even one row fits the budget of a lane.
+            Unavailable: there is no memory for another lane now.
+        """
+        return self._keys.get(dims) or self._learn(dims)
+
+    def place(self, request: Request, max_complete: int) -> bool:
+        """Put the request into a slot and wake a worker; False when it has to wait.
+
+        Args:
+            request: of a shape that `key` made.
+            max_complete: complete slots that may lie ready for the workers.
+
+        Raises:
+            InvalidRequest: its data do not decode.
+        """
+        key = request.key
+        lane = self.lanes[key.lane]
+        cursor = self._cursors.get(key.id)
+        if cursor is not None and not request.solo:
+            fits = cursor.rows + request.rows <= key.shape.capacity
+            if fits and lane.append(cursor, request):
+                lane.producer.wake()
+                return True
+            self._close(lane, cursor)
+        if len(self._complete) >= max_complete:
+            self.unsealed()
+            if len(self._complete) >= max_complete:
+                return False
+        if not lane.has_free_slot():
+            return False
+        slot = lane.open(request)
+        self._cursors[key.id] = slot
+        if request.solo or slot.rows == key.shape.capacity:
+            self._close(lane, slot)
+        lane.producer.wake()
+        return True
+
+    def take_out(self, request: Request) -> bool:
+        """Drop a placed request from its slot; False when a worker has it."""
+        slot = request.slot
+        if slot is None or not self.lanes[slot.lane].drop(slot, request):
+            return False
+        if slot.rows == 0:
+            self._forget(slot)
+        else:
+            self.lanes[slot.lane].producer.wake()
+        return True
+
+    def retry(self, slot: Slot) -> None:
+        """Have a slot whose worker is dead run by another."""
+        lane = self.lanes[slot.lane]
+        lane.producer.retry(slot.index)
+        self._forget(slot)
+        self._complete.add(slot)
+        lane.producer.wake()
+
+    def release(self, slot: Slot) -> None:
+        """Free a slot that is done with."""
+        self._forget(slot)
+        self.lanes[slot.lane].release(slot)
+
+    def unsealed(self) -> list[Slot]:
+        """Slots that no worker has taken, after a look; forgets the others."""
+        self._complete = {s for s in self._complete if self.lanes[s.lane].is_unsealed(s)}
+        self._cursors = {
+            shape_id: s
+            for shape_id, s in self._cursors.items()
+            if self.lanes[s.lane].is_unsealed(s)
+        }
+        return [*self._complete, *self._cursors.values()]
+
+    def close(self) -> None:
+        """Give back every lane."""
+        for lane in self.lanes:
+            lane.close()
+        self.lanes.clear()
+
+    def _learn(self, dims: geometry.Dims) -> ShapeKey:
+        if len(self._keys) >= MAX_SHAPES:
+            self._keys.clear()  # ids go on: a worker never sees one with two meanings
+        capacity = geometry.capacity_of(self._signature, dims, self._lane_bytes)
+        if capacity == 0:
+            raise TooLarge(
+                f"one row of this shape does not fit lane_bytes ({self._lane_bytes}), "
+                f"as inputs or as outputs"
+            )
+        shape = geometry.shape_of(self._signature, dims, capacity)
+        spec = geometry.lane_spec(self._signature, shape, self._lane_bytes)
+        lane = next((lane for lane in self.lanes if lane.spec == spec), None)
+        if lane is None:
+            lane = self._make_lane(spec)
+        key = self._keys[dims] = ShapeKey(self._next_shape_id, shape, lane.number)
+        self._next_shape_id += 1
+        return key
+
+    def _make_lane(self, spec: geometry.LaneSpec) -> Lane:
+        try:
+            lane = Lane(len(self.lanes), spec, self._signature, self._board)
+        except OSError as error:
+            raise Unavailable(
+                f"no shared memory for requests of this shape: {error.strerror}"
+            ) from None
+        self.lanes.append(lane)
+        lane.producer.arm()
+        self._on_lane(lane)
+        return lane
+
+    def _close(self, lane: Lane, slot: Slot) -> None:
+        """Nothing more joins the slot."""
+        del self._cursors[slot.key.id]
+        if slot.rows < slot.key.shape.capacity:
+            lane.producer.complete(slot.index)
+            lane.producer.wake()  # a worker may be holding it for more
+        self._complete.add(slot)
+
+    def _forget(self, slot: Slot) -> None:
+        self._complete.discard(slot)
+        if self._cursors.get(slot.key.id) is slot:
+            del self._cursors[slot.key.id]
