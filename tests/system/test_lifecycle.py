@@ -246,6 +246,8 @@ def wait_refused(port: int) -> None:
             socket.create_connection(("127.0.0.1", port), timeout=5).close()
         except ConnectionRefusedError:
             return
+        except ConnectionResetError:
+            continue  # it lay in the backlog at the moment in which the listener closed
     raise AssertionError("connections are still accepted")
 
 
