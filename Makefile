@@ -32,6 +32,8 @@ unit: build build-debug
 bench: build  ## Run the benchmarks; tables go to benchmarks/results/.
 	$(BIN)/python benchmarks/latency.py
 	$(BIN)/python benchmarks/saturation.py
+	$(BIN)/python benchmarks/idle.py
+	$(BIN)/python benchmarks/startup.py
 
 build: $(VENV)/.dev $(VENV)/.kernels  ## Build the kernels in place.
 

@@ -51,6 +51,8 @@ class Child:
                     pass_fds=[fd],
                     stdin=subprocess.DEVNULL,
                     process_group=0,  # a terminal's Ctrl-C is the supervisor's to handle
+                    # NumPy's OpenBLAS would start threads in every process, for nothing we call.
+                    env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
                 )
             undo.callback(self._process.wait)
             undo.callback(self._process.kill)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -61,6 +62,8 @@ class Frontend:
             await self._listen(app, data),
             await self._listen(metrics_app, metrics_socket),
         ]
+        gc.collect()
+        gc.freeze()  # what importing made is there for good: no full collection needs to look at it
         self._channel.send("serving")
         await self._stop.wait()
         self._draining.set()
