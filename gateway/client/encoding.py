@@ -190,6 +190,8 @@ def decode_infer(
             document, binary = msgpack.unpackb(body), memoryview(b"")
         else:
             size = len(body) if header_length is None else int(header_length)
+            if not 0 <= size <= len(body):
+                raise ValueError(f"{HEADER_LENGTH} is {size}, the body has {len(body)} bytes")
             document, binary = load_json(body[:size]), memoryview(body)[size:]
         return Answer(
             _outputs(document["outputs"], binary),
@@ -206,7 +208,11 @@ def load_json(text: bytes) -> Any:
     try:
         return orjson.loads(text)
     except orjson.JSONDecodeError:
+        pass
+    try:
         return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def _outputs(entries: list[dict[str, Any]], binary: memoryview) -> dict[str, Array]:
@@ -244,6 +250,7 @@ def _from_raw(raw: memoryview, datatype: DataType, shape: tuple[int, ...]) -> Ar
 def _bfloat16() -> np.dtype[Any]:
     """ml_dtypes' bfloat16 where it can be imported, else uint16."""
     try:
-        return np.dtype(importlib.import_module("ml_dtypes").bfloat16)
+        scalar: type = importlib.import_module("ml_dtypes").bfloat16
     except ImportError:
-        return np.dtype(np.uint16)
+        scalar = np.uint16
+    return np.dtype(scalar)

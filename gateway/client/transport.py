@@ -41,8 +41,8 @@ class HttpTransport:
     async def send(self, address: Address, request: Request, timeout_s: float) -> Reply:
         """Send once; see `failover.Transport`. BadAnswer: what came back is not HTTP."""
         body: bytes | io.BytesIO | None = request.body
-        if body is not None and len(body) > _LARGE_BODY_BYTES:
-            body = io.BytesIO(body)
+        if request.body is not None and len(request.body) > _LARGE_BODY_BYTES:
+            body = io.BytesIO(request.body)
         try:
             async with self._session.request(
                 request.method,

@@ -13,7 +13,7 @@ RANKS = {
     "errors": -2,  # every module may raise
     "yamlfile": -1,  # what settings are read from
     "settings": 0, "clock": 0, "tensors": 0, "_kernels": 0,
-    "telemetry": 1, "protocols": 1,
+    "telemetry": 1, "protocols": 1, "client": 1,
     "serving": 2,
     "frontend": 3, "control": 3,
     "app": 4, "cli": 5, "__main__": 6,
@@ -21,7 +21,7 @@ RANKS = {
 
 PRIVATE_TO = {
     "onnxruntime": {"gateway.serving.session"},
-    "aiohttp": {"gateway.frontend", "gateway.cli"},
+    "aiohttp": {"gateway.frontend", "gateway.cli", "gateway.client"},
     "pydantic": {"gateway.settings"},
     "pickle": set(),
     "multiprocessing": set(),
