@@ -1,7 +1,7 @@
 """A thousand clients at once, a tenth of which go away: every answer is its asker's own.
 
-For every limit on the batch size that there is a model for, and with requests of every number of rows
-from one to that limit. The clients are plain sockets, so that they can leave in the middle of anything.
+With requests of every size from 1 to 64 rows, and under several limits on the batch size with requests of
+every size that fits mixed. The clients are plain sockets, so that they can leave in the middle of anything.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tests.system import clients
 from tests.system.server import Server
 
 LIMITS = (1, 2, 3, 5, 7, 16, 33, 64)
+ANY_SIZE = "echo-any"
 CLIENTS = 1000
 LEAVING = 100
 WIDTH = 16
@@ -38,11 +39,11 @@ class Leave(enum.Enum):
 
 @pytest.fixture(scope="module")
 def server(make_repository):
-    """One server with the model echo under each limit, as echo1, echo2, …"""
+    """One server with the model echo under each limit, as echo1, echo2, …, and one more of 64."""
     repository = make_repository("echo")
-    for limit in LIMITS:
-        shutil.copytree(repository / "echo", repository / f"echo{limit}")
-        (repository / f"echo{limit}" / "config.yaml").write_text(f"max_batch_size: {limit}\n")
+    for name, limit in [*((f"echo{limit}", limit) for limit in LIMITS), (ANY_SIZE, 64)]:
+        shutil.copytree(repository / "echo", repository / name)
+        (repository / name / "config.yaml").write_text(f"max_batch_size: {limit}\n")
     shutil.rmtree(repository / "echo")
     with Server(repository) as running:
         yield running
@@ -101,18 +102,31 @@ async def ask(
         writer.transport.abort()
 
 
-@pytest.mark.parametrize("limit", LIMITS)
-async def test_a_thousand_clients_get_their_own_answers(server, limit):
-    model = f"echo{limit}"
-    chance = random.Random(limit)
+async def ask_all(port: int, model: str, rows: list[int], seed: int) -> set[int]:
+    """All clients at once, each with its number of rows; which of them left."""
+    chance = random.Random(seed)
     leaving = {n: chance.choice(list(Leave)) for n in chance.sample(range(CLIENTS), LEAVING)}
     all_there = asyncio.Barrier(CLIENTS)
-    rows = [1 + number % limit for number in range(CLIENTS)]
     async with asyncio.timeout(NO_ANSWER_S), asyncio.TaskGroup() as group:
         for number in range(CLIENTS):
             group.create_task(
-                ask(server.port, model, number, rows[number], leaving.get(number), all_there)
+                ask(port, model, number, rows[number], leaving.get(number), all_there)
             )
+    return set(leaving)
+
+
+@pytest.mark.parametrize("rows", range(1, 65))
+async def test_a_thousand_requests_of_every_size_get_their_own_answers(server, rows):
+    await ask_all(server.port, ANY_SIZE, [rows] * CLIENTS, seed=rows)
+    async with clients.many_connections() as session:
+        await clients.until_queued(session, server.url, ANY_SIZE, 0)
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+async def test_a_thousand_clients_get_their_own_answers(server, limit):
+    model = f"echo{limit}"
+    rows = [1 + number % limit for number in range(CLIENTS)]
+    leaving = await ask_all(server.port, model, rows, seed=limit)
 
     async with clients.many_connections() as session:
         await clients.until_queued(session, server.url, model, 0)
@@ -166,4 +180,4 @@ def test_no_worker_and_no_front_end_died_of_it(server):
     log = "\n".join(server.lines)
     assert "ERROR" not in log, log
     assert "Traceback" not in log, log
-    assert len(server.workers()) == len(LIMITS)
+    assert len(server.workers()) == len(LIMITS) + 1
