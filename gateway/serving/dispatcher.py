@@ -120,6 +120,7 @@ class Dispatcher:
         self._in_flight = 0
         self._workers: dict[int, Channel] = {}  # by incarnation
         self._is_supervised = True
+        self._is_closed = False
 
     @property
     def lanes(self) -> list[Lane]:
@@ -215,7 +216,7 @@ class Dispatcher:
                 else:
                     self._finish(lane, slot, phase)
             lane.producer.wake_all()
-        self._pump()
+            self.on_bell(lane)  # it may have taken the arming and died before it rang
 
     def worker_exited(self, incarnation: int, signal_number: int, timed_out: bool) -> None:
         """How a dead worker ended: judge the requests that were alone with it."""
@@ -238,6 +239,8 @@ class Dispatcher:
 
     def on_bell(self, lane: Lane) -> None:
         """A worker reported completions."""
+        if self._is_closed:
+            return  # called soon, and then the version went
         with contextlib.suppress(BlockingIOError):  # collected meanwhile
             os.eventfd_read(lane.bell)
         for slot, phase in lane.collect():
@@ -248,6 +251,7 @@ class Dispatcher:
 
     def close(self) -> None:
         """Give back every lane; requests must have been failed before."""
+        self._is_closed = True
         self._placement.close()
         for channel in self._workers.values():
             channel.close()

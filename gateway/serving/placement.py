@@ -154,10 +154,10 @@ class Placement:
         return lane
 
     def _close(self, lane: Lane, slot: Slot) -> None:
-        """Nothing more joins the slot."""
+        """Nothing more joins the slot, also when a cancelled request leaves room in it."""
         del self._cursors[slot.key.id]
+        lane.producer.complete(slot.index)
         if slot.rows < slot.key.shape.capacity:
-            lane.producer.complete(slot.index)
             lane.producer.wake()  # a worker may be holding it for more
         self._complete.add(slot)
 

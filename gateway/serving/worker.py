@@ -94,6 +94,7 @@ class Mailbox:
         self._consumer = consumer
         self._supervisor = supervisor
         self._orphan_s = grace_s + ORPHAN_BACKSTOP_S
+        self._arrived = threading.Event()
         self._selector = selectors.DefaultSelector()
         self._selector.register(supervisor, selectors.EVENT_READ, supervisor)
         self._orphaned = False
@@ -101,6 +102,11 @@ class Mailbox:
     def start(self) -> None:
         """Begin to read."""
         threading.Thread(target=self._read, name="mailbox", daemon=True).start()
+
+    def wait(self) -> None:
+        """Until the next letter, out of sight of front ends: their wake-ups go to other workers."""
+        self._arrived.wait()
+        self._arrived.clear()
 
     def _read(self) -> None:
         try:
@@ -131,6 +137,7 @@ class Mailbox:
                         self.letters.append((frontend, message, []))
                     else:
                         self.letters.append((channel, message, fds))
+                self._arrived.set()
                 self._consumer.nudge()
 
 
@@ -161,6 +168,9 @@ class Worker:
         while True:
             if not self._read_mail():
                 return
+            if not self._lanes:
+                self._mailbox.wait()
+                continue
             best = consumer.best()
             until_ns = self._wait_until(best)
             if best is not None and until_ns is None:

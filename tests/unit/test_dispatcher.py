@@ -590,3 +590,37 @@ def test_a_slot_that_the_next_request_does_not_fit_is_complete(make_bench):
     assert bench.workers[0].consumer.best()[7] is False
     bench.ask(4, 5)
     assert bench.workers[0].consumer.best()[7] is True
+
+
+def test_a_bell_that_was_never_rung_is_armed_again(make_bench):
+    """The dead worker had taken the arming; without another, its successor would not ring."""
+    bench = make_bench(workers=2)
+    first = bench.ask(1)
+    lane = bench.lanes[0]
+    bench.workers[0].publish(bench.workers[0].seal())
+    os.eventfd_read(lane.bell)  # as if it had died between the two
+    bench.dispatcher.worker_died(1)
+    assert first.rows == doubled(1)
+    second = bench.ask(2)
+    bench.workers[1].publish(bench.workers[1].seal())
+    os.eventfd_read(lane.bell)  # BlockingIOError: nobody rang
+    bench.dispatcher.on_bell(lane)
+    assert second.rows == doubled(2)
+
+
+def test_a_full_slot_stays_complete_when_a_request_leaves_it(make_bench):
+    bench = make_bench()
+    outcomes = [bench.ask(i) for i in range(5)]  # the fifth closes the slot of the others
+    bench.dispatcher.cancel(outcomes[1].request)
+    bench.workers[0].read_mail()
+    _key, _slot, _word, rows, *_, is_complete = bench.workers[0].consumer.best()
+    assert (rows, is_complete) == (3, True)
+
+
+def test_a_bell_after_the_end_is_not_heard(make_bench):
+    bench = make_bench()
+    bench.ask(1)
+    (lane,) = bench.lanes
+    bench.close()
+    bench.workers.clear()  # closed with the bench
+    bench.dispatcher.on_bell(lane)  # its descriptor is closed, and may be anybody's by now
