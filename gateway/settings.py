@@ -30,12 +30,10 @@ from pydantic import (
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource
 
 from gateway.errors import ConfigurationError
+from gateway.names import MAX_VERSION
 from gateway.yamlfile import read_yaml, shown
 
 ENV_PREFIX = "GATEWAY_"
-
-MAX_VERSION = (1 << 63) - 1
-"""Highest version of a model: int64, as in the protocols."""
 
 # Variables (NAME=value) with our prefix that are no settings: setup.py's, and a trap. Kubernetes gives
 # every container variables for every Service of its namespace. For one called "gateway" they begin

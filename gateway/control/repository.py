@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gateway.errors import ConfigurationError
+from gateway.names import MAX_VERSION, NAME
 from gateway.settings import (
-    MAX_VERSION,
     Latest,
     ModelSettings,
     Promote,
@@ -31,7 +31,6 @@ from gateway.settings import (
 MODEL_FILE = "model.onnx"
 SETTINGS_FILE = "config.yaml"
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _VERSION = re.compile(r"[1-9][0-9]{0,18}")
 
 _log = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class _UnusableError(Exception):
 
 def is_model_name(name: str) -> bool:
     """Whether ``name`` may name a model (or a label): ``[A-Za-z0-9][A-Za-z0-9_.-]{0,63}``."""
-    return _NAME.fullmatch(name) is not None
+    return NAME.fullmatch(name) is not None
 
 
 def parse_version(name: str) -> int | None:

@@ -8,12 +8,12 @@ a view of the request's body.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.errors import InvalidRequest, TooLarge
+from gateway.names import NAME
 from gateway.tensors import (
     DATATYPES,
     MAX_ELEMENTS,
@@ -24,8 +24,6 @@ from gateway.tensors import (
 )
 
 _ITEMSIZES = {t.name: t.itemsize for t in DATATYPES.values() if t.numpy is not None}
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
 @dataclass(slots=True)
@@ -248,8 +246,6 @@ def show_name(name: object, known: Iterable[TensorSpec] = ()) -> str:
 
     Names of the model's own tensors, ``known``, are shown whatever they hold.
     """
-    if isinstance(name, str) and (
-        _NAME.fullmatch(name) or any(spec.name == name for spec in known)
-    ):
+    if isinstance(name, str) and (NAME.fullmatch(name) or any(spec.name == name for spec in known)):
         return f"'{name}'"
     return "<name not shown>"

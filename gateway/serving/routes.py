@@ -9,14 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.errors import InvalidRequest, NotFound, Unavailable
+from gateway.names import MAX_VERSION, NAME
 from gateway.serving.dispatcher import Dispatcher
 from gateway.telemetry.metrics import VersionMetrics
 from gateway.tensors import Signature
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-"""What models and labels may be called."""
-
-MAX_VERSION = (1 << 63) - 1
 
 _DIGITS = re.compile(r"[0-9]{1,19}")
 

@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "gateway"
 
 RANKS = {
     "errors": -2,  # every module may raise
+    "names": -1,
     "yamlfile": -1,  # what settings are read from
     "settings": 0, "clock": 0, "tensors": 0, "_kernels": 0,
     "telemetry": 1, "protocols": 1, "client": 1,

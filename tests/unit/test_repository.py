@@ -20,7 +20,8 @@ from gateway.control.repository import (
     scan,
 )
 from gateway.errors import ConfigurationError
-from gateway.settings import MAX_VERSION, Latest, ModelSettings, Specific
+from gateway.names import MAX_VERSION
+from gateway.settings import Latest, ModelSettings, Specific
 
 NAMELESS = (
     "",

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from gateway.errors import ConfigurationError
+from gateway.names import MAX_VERSION
 from gateway.settings import (
     ENV_PREFIX,
-    MAX_VERSION,
     Instance,
     Latest,
     ModelSettings,
