@@ -66,40 +66,107 @@ DATATYPES: dict[str, DataType] = {t.name: t for t in _TABLE}
 BY_ORT: dict[str, DataType] = {t.ort: t for t in _TABLE}
 
 
+Shape = tuple[int | str | None, ...]
+"""Declared dims: a positive int for a fixed one, a name for a symbolic one, None for an unknown one."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """One input or output of a model.
 
-    ``shape`` holds a positive int for a fixed dim, a name for a symbolic one, None for an unknown
-    one; the first is the batch dim.
+    ``shape`` is None where not even the rank is known. In a batched model the first dim is the batch.
+    ``optional``: an input that has a default, so that a request may leave it out.
     """
 
     name: str
     datatype: DataType
-    shape: tuple[int | str | None, ...]
+    shape: Shape | None
+    optional: bool = False
 
     @property
     def wire_shape(self) -> list[int]:
-        """The shape as the protocols show it: -1 where a dim varies."""
-        return [d if isinstance(d, int) else -1 for d in self.shape]
+        """The shape as the protocols show it: -1 where a dim varies, [-1] where the rank does."""
+        return [-1] if self.shape is None else [d if isinstance(d, int) else -1 for d in self.shape]
 
     def to_wire(self) -> dict[str, Any]:
         """Plain values for a message between processes."""
-        return {"name": self.name, "datatype": self.datatype.name, "shape": list(self.shape)}
+        return {
+            "name": self.name,
+            "datatype": self.datatype.name,
+            "shape": None if self.shape is None else list(self.shape),
+            "optional": self.optional,
+        }
 
     @classmethod
     def from_wire(cls, wire: dict[str, Any]) -> TensorSpec:
         """The inverse of `to_wire`."""
-        return cls(wire["name"], DATATYPES[wire["datatype"]], tuple(wire["shape"]))
+        shape = wire["shape"]
+        return cls(
+            wire["name"],
+            DATATYPES[wire["datatype"]],
+            None if shape is None else tuple(shape),
+            wire["optional"],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Padding:
+    """How inputs are padded in one symbolic dim, so that requests of similar lengths share a batch.
+
+    Attributes:
+        dim: the symbolic dim's name; outputs that have it are cut back to the request's own length.
+        buckets: the lengths that it is padded to, ascending; a longer request keeps its own length.
+        at_end: padding goes behind the data, else in front of it.
+        values: what each named input is padded with; 0 for the others.
+    """
+
+    dim: str
+    buckets: tuple[int, ...]
+    at_end: bool
+    values: tuple[tuple[str, float], ...]
+
+    def bucket(self, length: int) -> int:
+        """The length that this one is padded to."""
+        return next((bucket for bucket in self.buckets if bucket >= length), length)
+
+    def to_wire(self) -> list[Any]:
+        """Plain values for a message between processes."""
+        return [self.dim, list(self.buckets), self.at_end, [list(pair) for pair in self.values]]
+
+    @classmethod
+    def from_wire(cls, wire: list[Any]) -> Padding:
+        """The inverse of `to_wire`."""
+        dim, buckets, at_end, values = wire
+        return cls(dim, tuple(buckets), at_end, tuple((name, value) for name, value in values))
 
 
 @dataclass(frozen=True, slots=True)
 class Signature:
-    """What a model version takes and gives, and how many rows it takes at once."""
+    """What a model version takes and gives, and how its batches are made.
+
+    Attributes:
+        inputs: in the model's order, optional ones last.
+        outputs: in the model's order.
+        max_batch_size: most rows of a batch; 0 for a model that is served one request at a time, whose
+            tensors have no batch dim (as far as the gateway is concerned).
+        allowed_batch_sizes: where given, batches are padded to one of these numbers of rows, ascending;
+            the last is `max_batch_size`.
+        padding: at most one for each symbolic dim.
+        describes_outputs: the worker describes every output after each run, as if no shape of theirs
+            were known: binding them in advance was found unsafe, or one of them is of strings.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int
+    allowed_batch_sizes: tuple[int, ...] = ()
+    padding: tuple[Padding, ...] = ()
+    describes_outputs: bool = False
+
+    @property
+    def is_batched(self) -> bool:
+        """Whether the first dim of every tensor is the batch, and rows of several requests share one."""
+        return self.max_batch_size > 0
 
     def to_wire(self) -> dict[str, Any]:
         """Plain values for a message between processes."""
@@ -107,6 +174,9 @@ class Signature:
             "inputs": [t.to_wire() for t in self.inputs],
             "outputs": [t.to_wire() for t in self.outputs],
             "max_batch_size": self.max_batch_size,
+            "allowed_batch_sizes": list(self.allowed_batch_sizes),
+            "padding": [padding.to_wire() for padding in self.padding],
+            "describes_outputs": self.describes_outputs,
         }
 
     @classmethod
@@ -116,6 +186,9 @@ class Signature:
             tuple(TensorSpec.from_wire(t) for t in wire["inputs"]),
             tuple(TensorSpec.from_wire(t) for t in wire["outputs"]),
             wire["max_batch_size"],
+            tuple(wire["allowed_batch_sizes"]),
+            tuple(Padding.from_wire(padding) for padding in wire["padding"]),
+            wire["describes_outputs"],
         )
 
 

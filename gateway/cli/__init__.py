@@ -31,6 +31,11 @@ def cli() -> None:
     default=None,
     help="Whether a model that cannot be loaded ends the start [yes].",
 )
+@click.option(
+    "--model-control/--no-model-control",
+    default=None,
+    help="Whether clients may load and unload models [no].",
+)
 @click.option("--log-level", metavar="LEVEL", help="debug, info, warning or error [info].")
 @click.option("--log-format", metavar="FORM", help="text or json [text].")
 def serve(**flags: Any) -> None:
@@ -58,6 +63,38 @@ def run_demo(examples: str | None, **options: Any) -> None:
 
     folder = Path(examples) if examples else demo.EXAMPLES
     demo.run_demo(demo.DemoOptions(folder, **options))
+
+
+_DOCTOR_KEYS = """\b
+Keys of --json:
+  ok          true where there are no errors
+  runtime     versions, ONNX Runtime's distributions and providers
+  kernels     build (release, debug; null: they do not load), layout, folder, error
+  limits      open files (null: no limit), CPUs, memory, what the kernel can do
+  devices     the CPU and what of its features matters, NVIDIA GPUs
+  repository  the folder as given; null: none
+  models      a list, for each version and kind of worker: model, version, device,
+              workers, threads, state (loaded, failed), reason, detail, seconds,
+              memory_bytes (of each worker, without ONNX Runtime itself),
+              max_batch_size (0: one request at a time), batching, output_transport,
+              notes, inputs and outputs (name, datatype, shape, optional)
+  ignored     a list of files and folders that are no models or versions, and why
+  findings    a list: severity (error, warning, note), about, problem, advice
+"""
+
+
+@cli.command("doctor", epilog=_DOCTOR_KEYS)
+@click.argument("repository", required=False, metavar="[REPOSITORY]")
+@click.option("--config", metavar="FILE", help="The server's settings file, as for serve.")
+@click.option("--json", "is_json", is_flag=True, help="One JSON object instead of a screen.")
+def run_doctor(repository: str | None, config: str | None, is_json: bool) -> None:
+    """Look at installation and machine, and load each model of REPOSITORY once.
+
+    Says what is wrong and what to do. Writes nothing; the exit status is 1 where there are errors.
+    """
+    from gateway.cli import doctor
+
+    sys.exit(doctor.run(Path(repository) if repository else None, config, is_json=is_json))
 
 
 def main() -> None:

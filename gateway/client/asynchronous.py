@@ -37,7 +37,8 @@ class AsyncClient:
     Args:
         addresses: ``host:port`` or ``http[s]://host[:port][/base]``. Several are asked in turn; one
             that refuses connections or answers 503 is passed over for a time.
-        encoding: how tensors travel. JSON has no form for float16 and bfloat16.
+        encoding: how tensors travel. JSON has no form for float16, bfloat16 and bytes that are not
+            UTF-8.
         timeout_s: for each call, with all its retries; a call may set its own.
         connections: most connections to one address at a time.
         retries: how often a call may be sent once more after 429, 503 (each after its Retry-After) or
@@ -103,24 +104,27 @@ class AsyncClient:
         outputs: Sequence[str] | None = None,
         request_id: str | None = None,
         queue_timeout_s: float | None = None,
+        priority: int | None = None,
         timeout_s: float | None = None,
     ) -> Answer:
         """Run a model on arrays.
 
         Args:
             model: its name.
-            inputs: an array for every input, the first dim being rows. Its dtype says the datatype:
-                bool, intN, uintN, float16/32/64, or ml_dtypes.bfloat16. Layout and byte order are
-                converted, dtypes are not.
+            inputs: an array for every input that has no default, the first dim being rows where the
+                model is batched. Its dtype says the datatype: bool, intN, uintN, float16/32/64,
+                ml_dtypes.bfloat16, or BYTES for S, U and object (elements bytes or str; NumPy cuts
+                NULs off the end of S and U). Layout and byte order are converted, dtypes are not.
             version: None: the one that the server routes to.
             outputs: names of those wanted; None or empty: all.
             request_id: comes back in the answer and names the request in the server's log.
             queue_timeout_s: the longest that it may wait for a worker; None: the model's own.
+            priority: 1 is the highest; None or 0: the model's default.
             timeout_s: for this call, in place of the client's.
 
         Raises:
-            InvalidRequest: the request is wrong, said by the client (arrays of strings and objects, for
-                one, are not supported yet) or by the server.
+            InvalidRequest: the request is wrong, said by the client or by the server. In JSON it is
+                also the server's refusal to answer with strings that are not UTF-8.
             NotFound: no such model or version.
             QueueFull: 429 to the end of the retries, or of the time.
             Unavailable: 503 likewise; its `ConnectionFailed`: no address answers.
@@ -135,6 +139,7 @@ class AsyncClient:
             outputs=outputs,
             request_id=request_id,
             queue_timeout_s=queue_timeout_s,
+            priority=priority,
         )
         if request_id is not None and _HEADER_ID.fullmatch(request_id):
             headers["x-request-id"] = request_id

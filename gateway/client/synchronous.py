@@ -79,6 +79,7 @@ class Client:
         outputs: Sequence[str] | None = None,
         request_id: str | None = None,
         queue_timeout_s: float | None = None,
+        priority: int | None = None,
         timeout_s: float | None = None,
     ) -> Answer:
         """Run a model on arrays; see `AsyncClient.infer`."""
@@ -90,6 +91,7 @@ class Client:
                 outputs=outputs,
                 request_id=request_id,
                 queue_timeout_s=queue_timeout_s,
+                priority=priority,
                 timeout_s=timeout_s,
             )
         )

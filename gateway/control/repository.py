@@ -18,7 +18,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from gateway.errors import ConfigurationError
+from gateway.errors import ConfigurationError, NotFound, Unavailable
 from gateway.names import MAX_VERSION, NAME
 from gateway.settings import (
     Latest,
@@ -94,6 +94,28 @@ def scan(repository: Path) -> list[ModelEntry]:
     return models
 
 
+def scan_model(repository: Path, name: str) -> ModelEntry:
+    """One model of a repository, as it is now.
+
+    Raises:
+        NotFound: there is nothing of this name, or it is no model's name.
+        Unavailable: the repository cannot be read.
+        ConfigurationError: one line; what is there is not a model, or its settings are wrong.
+    """
+    try:
+        root = repository.resolve(strict=True)
+        is_there = is_model_name(name) and os.path.lexists(root / name)
+    except (OSError, RuntimeError) as error:
+        _log.error("model repository: cannot be read: %s", _reason(error))
+        raise Unavailable("the model repository cannot be read") from None
+    if not is_there:
+        raise NotFound(f"unknown model '{name}'" if is_model_name(name) else "unknown model")
+    try:
+        return _read_model(root / name, root)
+    except _UnusableError as error:
+        raise ConfigurationError(f"model {name!r}: {error}") from None
+
+
 def choose(entry: ModelEntry) -> tuple[VersionEntry, ...]:
     """The versions that ``version_policy`` serves, ascending.
 
@@ -117,9 +139,8 @@ def choose(entry: ModelEntry) -> tuple[VersionEntry, ...]:
 def routed_version(versions: Collection[int], promote: Promote) -> int:
     """The version that answers requests which name none.
 
-    With ``promote: latest`` that is the highest one. With ``promote: manual`` the route stays on the
-    first version, so the lowest, until somebody moves it by hand: a new one gets no traffic by being
-    there.
+    With ``promote: latest`` that is the highest one. With ``promote: manual`` it is the first, so the
+    lowest, and stays it until somebody moves the route by hand: a new one gets no traffic by being there.
 
     Args:
         versions: The versions that can answer, at least one.

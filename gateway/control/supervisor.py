@@ -10,20 +10,16 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from gateway.clock import NS_PER_MS
+from gateway.control.models import ModelControl, ModelSupervision
+from gateway.control.planning import MemoryBudget
 from gateway.control.process import Child
-from gateway.control.repository import ModelEntry, choose, routed_version
-from gateway.control.version import (
-    BACKOFF_S,
-    SPAWN_AGAIN_S,
-    Seat,
-    VersionObserver,
-    VersionSupervision,
-    describe_exit,
-)
-from gateway.errors import GatewayError, LoadError
+from gateway.control.repository import ModelEntry
+from gateway.control.seat import BACKOFF_S, Seat, describe_exit
+from gateway.control.version import SPAWN_AGAIN_S, VersionObserver, VersionSupervision
+from gateway.errors import GatewayError, LoadError, Unavailable
 from gateway.serving.channel import Channel, Message
 from gateway.serving.options import FrontendOptions
 from gateway.serving.routes import VersionState
@@ -43,7 +39,7 @@ class Supervisor:
 
     Args:
         settings: the server's.
-        models: what to serve.
+        models: what to serve from the start.
         data: bound socket of the data port.
         metrics: bound socket of the metrics port.
     """
@@ -56,13 +52,24 @@ class Supervisor:
         metrics: socket.socket,
     ) -> None:
         self._settings = settings
-        self._models = list(models)
+        self._entries = list(models)
         self._sockets = (data, metrics)
         self._frontend: Child | None = None
         self._frontend_deaths = 0
         self._has_served = False  # a front end has come up once
         self._told_routes: dict[str, int] = {}
-        self._versions: dict[tuple[str, int], VersionSupervision] = {}
+        self._observer = VersionObserver(
+            self._on_state,
+            self._on_worker,
+            self._on_worker_exit,
+            self._on_stopped,
+            self._tell_routes,
+            self._on_forgotten,
+        )
+        self._models: dict[str, ModelSupervision] = {}
+        self._budget = MemoryBudget(settings.memory_bytes)
+        self._control = ModelControl(settings, self._models, self._budget, self._observer)
+        self._operations: set[asyncio.Task[None]] = set()
         self._stopping = False
         self._stopped = asyncio.Event()
         self._started = asyncio.Event()
@@ -78,16 +85,13 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        observer = VersionObserver(
-            self._on_state, self._on_worker, self._on_worker_exit, self._on_stopped
-        )
-        for model in self._models:
-            for entry in choose(model):
-                self._versions[(model.name, entry.version)] = VersionSupervision(
-                    model.name, entry, model.settings, self._settings, observer
-                )
+        for entry in self._entries:
+            model = ModelSupervision(entry.name, self._settings, self._budget, self._observer)
+            model.prepare(entry)
+            if model.versions:
+                self._models[entry.name] = model
         self._start_frontend()
-        for version in self._versions.values():
+        for version in self._versions():
             version.start()
         watch = loop.create_task(self._watch())
         self._check_started()
@@ -99,8 +103,12 @@ class Supervisor:
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            for version in self._versions.values():
+            for version in self._versions():
                 version.kill_overdue()
+
+    def _versions(self) -> Iterator[VersionSupervision]:
+        for model in self._models.values():
+            yield from model.versions.values()
 
     # The front end
 
@@ -123,9 +131,9 @@ class Supervisor:
             "configure", [sock.fileno() for sock in self._sockets], options=options.to_wire()
         )
         self._frontend = frontend
-        for version in self._versions.values():
+        for version in self._versions():
             self._tell_version(version)
-        self._tell("routes", routes=self._told_routes)
+        self._send_routes()
 
     def _on_frontend_message(self, message: Message, _fds: list[int]) -> None:
         if message["op"] == "serving":
@@ -133,12 +141,20 @@ class Supervisor:
             self._has_served = True
             self._check_started()
             return
-        version = self._versions[(message["model"], message["version"])]
+        if message["op"] == "operation":
+            self._begin_operation(message)
+            return
+        model = self._models.get(message["model"])
+        version = model.versions.get(message["version"]) if model is not None else None
+        if version is None:
+            return  # it was unloaded meanwhile, and forgotten
         match message["op"]:
             case "reclaimed":
                 version.reclaimed(message["incarnation"])
             case "convicted":
                 version.convicted()
+            case "drained":
+                version.drained()
             case "again" if "instance" in message:
                 self._on_worker(version, version.seats[message["instance"]])
             case "again":
@@ -146,7 +162,7 @@ class Supervisor:
 
     def _on_frontend_exit(self, status: int) -> None:
         self._frontend = None
-        for version in self._versions.values():
+        for version in self._versions():
             version.frontend_gone()
         if self._stopping:
             self._stop_workers()
@@ -179,6 +195,8 @@ class Supervisor:
                 "seats": len(version.seats),
                 "max_queue_size": settings.queue.max_size,
                 "queue_timeout_ns": settings.queue.timeout_ms * NS_PER_MS,
+                "priority_levels": settings.queue.priority_levels,
+                "default_level": settings.queue.default_level,
                 "config": {
                     "max_queue_delay_us": settings.max_queue_delay_us,
                     "instances": [(spec.device, spec.count) for spec in settings.instances],
@@ -196,30 +214,48 @@ class Supervisor:
         )
 
     def _tell_routes(self) -> None:
-        """Publish the routes where they have changed.
-
-        ``promote: latest`` leads to the newest version that is READY; ``manual`` to the first one, and
-        nowhere while that is not READY: no other gets traffic by its misfortune.
-        """
-        routes = {}
-        for model in self._models:
-            versions = [v for (name, _), v in self._versions.items() if name == model.name]
-            ready = {v.number for v in versions if v.state is VersionState.READY}
-            is_manual = model.settings.promote == "manual"
-            candidates = {v.number for v in versions} if is_manual else ready
-            if candidates:
-                number = routed_version(candidates, model.settings.promote)
-                if number in ready:
-                    routes[model.name] = number
+        """Publish the routes where they have changed."""
+        routed = ((name, model.route) for name, model in self._models.items())
+        routes = {name: number for name, number in routed if number is not None}
         if routes != self._told_routes:
             self._told_routes = routes
-            self._tell("routes", routes=routes)
+            self._send_routes()
+
+    def _send_routes(self) -> None:
+        self._tell("routes", routes=self._told_routes, is_started=self._started.is_set())
+
+    # Operations
+
+    def _begin_operation(self, message: Message) -> None:
+        operation = asyncio.get_running_loop().create_task(self._operate(self._frontend, message))
+        self._operations.add(operation)
+        operation.add_done_callback(self._operations.discard)
+
+    async def _operate(self, frontend: Child | None, message: Message) -> None:
+        """Load or unload a model for a client, and tell the front end that asked what came of it."""
+        error: GatewayError | None = None
+        try:
+            if not self._started.is_set() or self._stopping:
+                raise Unavailable("the server is starting or shutting down")
+            await self._control.perform(message["action"], message["model"])
+        except GatewayError as refused:
+            error = refused
+        except asyncio.CancelledError:
+            error = Unavailable("the server is shutting down")
+        except Exception:
+            log.exception("an operation on a model failed")
+            error = GatewayError("internal error")
+        if frontend is self._frontend:  # another one would take the number for one of its own
+            code, text = (error.code, error.message) if error is not None else ("", "")
+            self._tell("operated", number=message["number"], code=code, error=text)
 
     # Versions and workers
 
     def _on_state(self, version: VersionSupervision) -> None:
         self._tell_state(version)
         self._tell_routes()
+        if self._frontend is None:
+            version.drained()
         if version.state is VersionState.FAILED:
             text = f"model '{version.model}' version {version.number} cannot be served: "
             log.error("%s%s", text, version.detail)
@@ -248,7 +284,7 @@ class Supervisor:
     def _on_worker_exit(
         self, version: VersionSupervision, seat: Seat, incarnation: int, signal_number: int
     ) -> None:
-        if self._frontend is None:
+        if self._frontend is None or version.is_drained:
             version.reclaimed(incarnation)
             return
         self._tell(
@@ -265,11 +301,12 @@ class Supervisor:
         """Say once that the server is ready, and where."""
         if self._started.is_set() or self._stopping or not self._has_served:
             return
-        if any(version.is_loading for version in self._versions.values()):
+        if any(version.is_loading for version in self._versions()):
             return
         self._started.set()
+        self._send_routes()
         data, metrics = (_address(sock) for sock in self._sockets)
-        ready = sum(v.state is VersionState.READY for v in self._versions.values())
+        ready = sum(v.state is VersionState.READY for v in self._versions())
         log.info("serving %d model versions on %s, metrics on %s/metrics", ready, data, metrics)
 
     # The end
@@ -281,6 +318,8 @@ class Supervisor:
             return
         log.info("draining")
         self._stopping = True
+        for operation in self._operations:
+            operation.cancel()
         deadline_s = self._settings.drain_pause_s + self._settings.drain_timeout_s + KILL_MARGIN_S
         asyncio.get_running_loop().call_later(deadline_s, self._kill)
         if self._frontend is not None:
@@ -298,22 +337,25 @@ class Supervisor:
             self._kill()
 
     def _stop_workers(self) -> None:
-        for version in self._versions.values():
+        for version in self._versions():
             version.stop()
         self._check_stopped()
 
     def _kill(self) -> None:
         if self._frontend is not None:
             self._frontend.kill()
-        for version in self._versions.values():
+        for version in self._versions():
             version.kill()
         self._check_stopped()
 
     def _on_stopped(self, _version: VersionSupervision) -> None:
         self._check_stopped()
 
+    def _on_forgotten(self, version: VersionSupervision) -> None:
+        self._tell("forget", model=version.model, version=version.number)
+
     def _check_stopped(self) -> None:
-        workers_gone = all(version.is_stopped for version in self._versions.values())
+        workers_gone = all(version.is_stopped for version in self._versions())
         if self._stopping and self._frontend is None and workers_gone:
             self._stopped.set()
 

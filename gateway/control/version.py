@@ -5,59 +5,44 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from mmap import mmap
 
 from gateway._kernels import ring
-from gateway.clock import NS_PER_MS, NS_PER_S, monotonic_ns
+from gateway.clock import NS_PER_MS, monotonic_ns
+from gateway.control.planning import Key, MemoryBudget, file_bytes, load_plan
 from gateway.control.process import Child
 from gateway.control.repository import VersionEntry
+from gateway.control.seat import Seat, describe_exit
 from gateway.serving import memory
 from gateway.serving.channel import Message
+from gateway.serving.plan import Understanding
 from gateway.serving.routes import VersionState
-from gateway.settings import Instance, ModelSettings, ServerSettings
+from gateway.settings import ModelSettings, ServerSettings
 
 log = logging.getLogger("gateway.supervisor")
-
-BACKOFF_S = (0.0, 1.0, 2.0, 3.0, 5.0)
-"""Pause before a worker is started anew, by deaths without a completed batch between them."""
-
-CRASH_LOOP_DEATHS = 5
-"""Deaths in one seat, without a completed batch of the version between them, that make it FAILED.
-
-Counted by seat: many workers that die at once (the OOM killer, an operator) are not a loop."""
-
-HEALTHY_S = 60.0
-"""A worker that lived so long was no part of a crash loop, idle as it may have been."""
 
 SPAWN_AGAIN_S = 1.0
 """Pause before another attempt where the system had no process or descriptors for a worker."""
 
+GRACE_S = 5.0
+"""What a front end gets beyond its time to drain, and a worker to exit, before nobody waits for it."""
+
 _MOVES = {
-    VersionState.LOADING: {VersionState.WARMING, VersionState.READY, VersionState.FAILED},
-    VersionState.WARMING: {VersionState.READY, VersionState.FAILED},
-    VersionState.READY: {VersionState.FAILED},
-    VersionState.FAILED: set[VersionState](),
+    VersionState.LOADING: {
+        VersionState.WARMING,
+        VersionState.READY,
+        VersionState.FAILED,
+        VersionState.UNLOADING,
+    },
+    VersionState.WARMING: {VersionState.READY, VersionState.FAILED, VersionState.UNLOADING},
+    VersionState.READY: {VersionState.FAILED, VersionState.UNLOADING},
+    VersionState.FAILED: {VersionState.UNLOADING},
+    VersionState.UNLOADING: {VersionState.UNLOADED},
+    VersionState.UNLOADED: set[VersionState](),
 }
-
-
-@dataclass(slots=True)
-class Seat:
-    """One instance: its settings, and the process that fills it at present."""
-
-    index: int
-    instance: Instance
-    child: Child | None = None
-    incarnation: int = 0
-    is_loaded: bool = False
-    starts: int = 0
-    timed_out: bool = False
-    deaths: int = 0  # since the version completed a batch
-    completed: int = 0  # batches of the version when this seat's last worker died
-    started_ns: int = 0
-    load_timer: asyncio.TimerHandle | None = None
 
 
 class VersionSupervision:
@@ -66,9 +51,13 @@ class VersionSupervision:
     Args:
         model: its name.
         entry: number and file.
-        settings: the model's.
+        settings: the model's; kept for as long as it is loaded.
         server: the server's.
+        budget: memory of the server.
         observer: told about every change that front ends must know.
+
+    Raises:
+        OSError: no memory or descriptor for its board.
     """
 
     def __init__(
@@ -77,6 +66,7 @@ class VersionSupervision:
         entry: VersionEntry,
         settings: ModelSettings,
         server: ServerSettings,
+        budget: MemoryBudget,
         observer: VersionObserver,
     ) -> None:
         self.model = model
@@ -87,6 +77,7 @@ class VersionSupervision:
         self.signature: dict[str, object] = {}
         self._path = entry.path
         self._server = server
+        self._budget = budget
         self._observer = observer
         self._loop = asyncio.get_running_loop()
         instances = [spec for spec in settings.instances for _ in range(spec.count)]
@@ -97,7 +88,10 @@ class VersionSupervision:
         self._unreclaimed: set[int] = set()
         self._last_incarnation = 0
         self._completed = 0  # batches of workers that are gone
-        self._stopping = False
+        self._stopping = False  # no worker is started any more
+        self._loaded = asyncio.Event()
+        self._drained = asyncio.Event()
+        self._exited = asyncio.Event()
 
     def start(self) -> None:
         """Start every worker; the version is READY once all have loaded."""
@@ -113,8 +107,14 @@ class VersionSupervision:
         self._unreclaimed.discard(incarnation)
 
     def frontend_gone(self) -> None:
-        """With it went its lanes: only numbers of live workers are in use."""
+        """With it went its lanes: only numbers of live workers are in use, and nothing is in flight."""
         self._unreclaimed = {seat.incarnation for seat in self.seats if seat.child is not None}
+        self.drained()
+
+    def drained(self) -> None:
+        """Where it is UNLOADING: the front end holds no request, lane or worker of it any more."""
+        if self.state is VersionState.UNLOADING:
+            self._drained.set()
 
     def convicted(self) -> None:
         """The recent deaths were the doing of a request."""
@@ -123,10 +123,13 @@ class VersionSupervision:
 
     def kill_overdue(self) -> None:
         """Kill workers whose run exceeds ``execution_timeout_ms``."""
+        ready = self.ready_seats()
+        if not ready:
+            return  # nor a board, once it is unloaded
         limit_ns = self.settings.execution_timeout_ms * NS_PER_MS
         now_ns = monotonic_ns()
         states = ring.seats(self._board)
-        for seat in self.ready_seats():
+        for seat in ready:
             incarnation, _batches, busy_since_ns, _waiting = states[seat.index]
             is_overdue = busy_since_ns and now_ns - busy_since_ns > limit_ns
             if is_overdue and incarnation == seat.incarnation and seat.child is not None:
@@ -140,6 +143,29 @@ class VersionSupervision:
                 seat.timed_out = True
                 seat.child.kill()
 
+    async def wait_loaded(self) -> None:
+        """Until it is no longer loading, whatever it is then."""
+        await self._loaded.wait()
+
+    async def unload(self) -> None:
+        """Let requests in flight finish, end the workers and give everything back.
+
+        Takes ``drain_timeout_s`` at most, and a little more where a process does not react.
+
+        Raises:
+            RuntimeError: it is UNLOADING or UNLOADED.
+        """
+        self.reason = self.detail = ""
+        self._move(VersionState.UNLOADING)
+        await _wait(self._drained, self._server.drain_timeout_s + GRACE_S)
+        self.stop()
+        await _wait(self._exited, GRACE_S)
+        self.kill()
+        await self._exited.wait()
+        self._board.close()
+        os.close(self.board_fd)
+        self._move(VersionState.UNLOADED)
+
     def stop(self) -> None:
         """Ask every worker to exit after its batch; one that still loads hears nothing and is killed."""
         self._stopping = True
@@ -148,6 +174,7 @@ class VersionSupervision:
                 seat.child.send("exit")
             elif seat.child is not None:
                 seat.child.kill()
+        self._check_exited()
 
     def kill(self) -> None:
         """End every worker now."""
@@ -155,6 +182,7 @@ class VersionSupervision:
         for seat in self.seats:
             if seat.child is not None:
                 seat.child.kill()
+        self._check_exited()
 
     @property
     def is_loading(self) -> bool:
@@ -162,15 +190,28 @@ class VersionSupervision:
         return self.state in (VersionState.LOADING, VersionState.WARMING)
 
     @property
+    def is_drained(self) -> bool:
+        """Whether it ends, and the front end has let go of it."""
+        return self._drained.is_set()
+
+    @property
     def is_stopped(self) -> bool:
         """Whether no process is left."""
         return all(seat.child is None for seat in self.seats)
 
+    def _check_exited(self) -> None:
+        if self._stopping and self.is_stopped:
+            self._exited.set()
+
     # Starting
 
     def _spawn(self, seat: Seat) -> None:
-        if self._stopping or self.state is VersionState.FAILED:
+        if self._stopping:
             return
+        if seat.load_timer is None:
+            seat.load_timer = self._loop.call_later(
+                self._server.load_timeout_s, self._on_load_timeout, seat
+            )
         seat.incarnation = self._next_incarnation()
         seat.is_loaded = seat.timed_out = False
         seat.started_ns = monotonic_ns()
@@ -187,18 +228,16 @@ class VersionSupervision:
             self._loop.call_later(SPAWN_AGAIN_S, self._spawn, seat)
             return
         seat.starts += 1
-        seat.load_timer = self._loop.call_later(
-            self._server.load_timeout_s, self._on_load_timeout, seat
+        plan = load_plan(
+            self._path, self.settings, self._server, seat.instance, self._budget.left_bytes()
         )
+        self._budget.take(self._key(seat), file_bytes(self._path))
         seat.child.send(
             "load",
             (self.board_fd,),
-            path=os.fspath(self._path),
-            device=seat.instance.device,
-            threads=seat.instance.threads,
-            max_batch_size=self.settings.max_batch_size,
+            plan=plan.to_wire(),
+            cpus=seat.instance.cpus,
             max_queue_delay_us=self.settings.max_queue_delay_us,
-            warmup=self.settings.warmup,
             seats=len(self.seats),
             seat=seat.index,
             incarnation=seat.incarnation,
@@ -206,6 +245,9 @@ class VersionSupervision:
             log_level=self._server.log_level,
             log_format=self._server.log_format,
         )
+
+    def _key(self, seat: Seat) -> Key:
+        return self.model, self.number, seat.index
 
     def _next_incarnation(self) -> int:
         while True:
@@ -219,28 +261,41 @@ class VersionSupervision:
             case "warming" if self.state is VersionState.LOADING:
                 self._move(VersionState.WARMING)
             case "loaded":
-                self._on_loaded(seat, message["signature"])
+                self._on_loaded(seat, message)
             case "failed" if self.is_loading and not self._stopping:
                 self._fail(message["reason"], message["detail"])
             case "failed":
                 log.error("model '%s' version %d: %s", self.model, self.number, message["detail"])
 
-    def _on_loaded(self, seat: Seat, signature: dict[str, object]) -> None:
+    def _on_loaded(self, seat: Seat, message: Message) -> None:
         self._stop_load_timer(seat)
+        if self._stopping:
+            return
+        signature = message["signature"]
         if self.signature and signature != self.signature:
             # Front ends know the old one, and would read its outputs as that.
             self._fail("its file changed since it was loaded: a version's content is immutable")
             return
         seat.is_loaded = True
         self.signature = signature
+        understanding = Understanding.from_wire(message["understanding"])
+        self._budget.take(self._key(seat), understanding.resident_bytes)
         if not self.is_loading:
             self._observer.on_worker(self, seat)
         elif all(other.is_loaded for other in self.seats):
+            self._log_understanding(understanding)
             self._move(VersionState.READY)
             for ready in self.seats:
                 self._observer.on_worker(self, ready)
 
+    def _log_understanding(self, understanding: Understanding) -> None:
+        where = f"model '{self.model}' version {self.number}:"
+        log.info("%s %s; outputs %s", where, understanding.batching, understanding.outputs)
+        for note in understanding.notes:
+            log.warning("%s %s", where, note)
+
     def _on_load_timeout(self, seat: Seat) -> None:
+        seat.load_timer = None
         reason = f"it did not load within load_timeout_s ({self._server.load_timeout_s:g} s)"
         if self.is_loading and not self._stopping:
             self._fail(reason)
@@ -258,6 +313,7 @@ class VersionSupervision:
     def _on_exit(self, seat: Seat, status: int) -> None:
         incarnation, was_loaded = seat.incarnation, seat.is_loaded
         seat.child, seat.is_loaded = None, False
+        self._budget.give_back(self._key(seat))
         self._stop_load_timer(seat)
         sat, batches, _busy_since_ns, _waiting = ring.seats(self._board)[seat.index]
         if sat == incarnation:
@@ -266,7 +322,8 @@ class VersionSupervision:
             self._observer.on_worker_exit(self, seat, incarnation, -status if status < 0 else 0)
         else:
             self.reclaimed(incarnation)
-        if self._stopping or self.state is VersionState.FAILED:
+        if self._stopping:
+            self._check_exited()
             self._observer.on_stopped(self)
         elif self.is_loading:
             self._fail(f"the worker {describe_exit(status)} while loading it")
@@ -282,16 +339,11 @@ class VersionSupervision:
             seat.index,
             describe_exit(status),
         )
-        completed = self._completed_batches()
-        lived_s = (monotonic_ns() - seat.started_ns) / NS_PER_S
-        is_loop = completed == seat.completed and lived_s < HEALTHY_S
-        seat.deaths = seat.deaths + 1 if is_loop else 1
-        seat.completed = completed
-        if seat.deaths >= CRASH_LOOP_DEATHS:
+        seat.count_death(self._completed_batches())
+        if seat.is_crash_looping:
             self._fail(f"a worker died {seat.deaths} times without completing a batch")
             return
-        pause_s = BACKOFF_S[min(seat.deaths, len(BACKOFF_S)) - 1]
-        self._loop.call_later(pause_s, self._spawn, seat)
+        self._loop.call_later(seat.pause_s, self._spawn, seat)
 
     def _completed_batches(self) -> int:
         """Batches that all its workers, living and dead, have completed."""
@@ -300,36 +352,34 @@ class VersionSupervision:
 
     def _fail(self, reason: str, detail: str = "") -> None:
         """FAILED: clients are told the reason, operators the detail."""
-        self.reason = reason
-        self.detail = detail or reason
-        self._move(VersionState.FAILED)
-        for seat in self.seats:
-            if seat.child is not None:
-                seat.child.kill()
+        if self.state is not VersionState.UNLOADING:  # what ends anyway only ends sooner
+            self.reason = reason
+            self.detail = detail or reason
+            self._move(VersionState.FAILED)
+        self.kill()
 
     def _move(self, state: VersionState) -> None:
         """The one place where the state changes. RuntimeError on an illegal move."""
         if state not in _MOVES[self.state]:
             raise RuntimeError(f"a version cannot go from {self.state.name} to {state.name}")
         self.state = state
+        if not self.is_loading:
+            self._loaded.set()
         self._observer.on_state(self)
 
 
 @dataclass(frozen=True, slots=True)
 class VersionObserver:
-    """What the supervisor wants to hear of a version."""
+    """What the supervisor wants to hear of a version, and of a model's route."""
 
     on_state: Callable[[VersionSupervision], None]
     on_worker: Callable[[VersionSupervision, Seat], None]
     on_worker_exit: Callable[[VersionSupervision, Seat, int, int], None]
     on_stopped: Callable[[VersionSupervision], None]
+    on_routes: Callable[[], None]
+    on_forgotten: Callable[[VersionSupervision], None]
 
 
-def describe_exit(status: int) -> str:
-    """An exit status in words."""
-    if status >= 0:
-        return f"exited with status {status}"
-    try:
-        return f"was killed by {signal.Signals(-status).name}"
-    except ValueError:
-        return f"was killed by signal {-status}"
+async def _wait(event: asyncio.Event, at_most_s: float) -> None:
+    with suppress(TimeoutError):
+        await asyncio.wait_for(event.wait(), at_most_s)

@@ -1,9 +1,12 @@
 """The front end's link to its supervisor: turns messages into versions, workers and routes.
 
 Messages in: ``version`` (model, version, state, reason; with READY also signature, config and limits;
-fds: board), ``worker_up`` (fds: pidfd, channel), ``worker_exited`` (signal, timed_out), ``routes``,
-``drain``. Messages out: ``serving``, ``reclaimed`` (an incarnation may be used again), ``convicted``
-(a request, not the version, killed workers) and ``again`` (a message's descriptors did not fit in).
+fds: board), ``forget`` (an unloaded version's files are gone), ``worker_up`` (fds: pidfd, channel),
+``worker_exited`` (signal, timed_out), ``routes`` (and whether the server's start is over), ``operated``
+(how an operation ended) and ``drain``. Messages out: ``serving``, ``reclaimed`` (an incarnation may be
+used again), ``convicted`` (a request, not the version, killed workers), ``drained`` (nothing is held of a
+version that is unloaded), ``operation`` (load or unload) and ``again`` (a message's descriptors did not fit
+in).
 """
 
 from __future__ import annotations
@@ -12,11 +15,15 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from mmap import mmap
 from typing import Any
 
 from gateway._kernels import ring
+from gateway.clock import NS_PER_S, monotonic_ns
 from gateway.errors import Unavailable
+from gateway.frontend.operations import Operations
 from gateway.serving import memory
 from gateway.serving.channel import Channel, Message
 from gateway.serving.dispatcher import Dispatcher, Limits
@@ -26,6 +33,9 @@ from gateway.telemetry.metrics import Metrics
 from gateway.tensors import Signature
 
 log = logging.getLogger("gateway.frontend")
+
+DRAIN_LOOK_S = 0.02
+"""Pause between two looks at whether a version that is unloaded still has requests in flight."""
 
 ASK_AGAIN_S = 1.0
 """Pause before a message is asked for again whose descriptors this process had no room for."""
@@ -38,7 +48,9 @@ class SupervisorLink:
         channel: to the supervisor.
         routes: kept up to date.
         metrics: told about workers.
+        operations: told how they ended.
         lane_bytes: budget of a lane.
+        drain_timeout_s: what requests in flight get when their version is unloaded.
         on_drain: called once when the supervisor asks for it.
         on_orphaned: called once when the supervisor is gone.
     """
@@ -48,20 +60,25 @@ class SupervisorLink:
         channel: Channel,
         routes: RouteTable,
         metrics: Metrics,
+        operations: Operations,
         lane_bytes: int,
+        drain_timeout_s: float,
         on_drain: Callable[[], None],
         on_orphaned: Callable[[], None],
     ) -> None:
         self._channel = channel
         self._routes = routes
         self._metrics = metrics
+        self._operations = operations
         self._lane_bytes = lane_bytes
+        self._drain_timeout_ns = round(drain_timeout_s * NS_PER_S)
         self._on_drain = on_drain
         self._on_orphaned = on_orphaned
         self._loop = asyncio.get_running_loop()
         self.told = asyncio.Event()
         """Set once the first routes are here: before that, every model would be unknown."""
         self._watched: dict[tuple[str, int, int], int] = {}  # pidfds by model, version, incarnation
+        self._boards: dict[tuple[str, int], mmap] = {}
 
     def start(self) -> None:
         """Begin to listen."""
@@ -80,6 +97,7 @@ class SupervisorLink:
                 for version in self._routes.versions():
                     if version.dispatcher is not None:
                         version.dispatcher.orphaned()
+                self._operations.orphaned()
                 self._on_orphaned()
                 return
             message, fds = received
@@ -93,8 +111,13 @@ class SupervisorLink:
                 self._worker_up(message, fds)
             case "worker_exited":
                 self._worker_exited(message)
+            case "forget":
+                self._routes.forget(message["model"], message["version"])
+            case "operated":
+                self._operations.ended(message["number"], message["code"], message["error"])
             case "routes":
                 self._routes.routes = dict(message["routes"])
+                self._routes.is_started = message["is_started"]
                 self.told.set()
             case "drain":
                 self._on_drain()
@@ -103,39 +126,79 @@ class SupervisorLink:
 
     def _version(self, message: Message, fds: list[int]) -> None:
         model, number = message["model"], message["version"]
+        state = VersionState(message["state"])
         versions = self._routes.models.setdefault(model, {})
         version = versions.get(number)
-        if version is None:
+        if version is None or (state is VersionState.LOADING and version.state is not state):
             version = versions[number] = Version(
                 model, number, self._metrics.version(model, number)
             )
-        version.state = VersionState(message["state"])
-        version.reason = message["reason"]
-        if version.state is VersionState.READY:
-            if not fds:
-                version.state = VersionState.WARMING
-                self._ask_again(model=model, version=number)
-                return
-            version.signature = Signature.from_wire(message["signature"])
-            version.config = message["config"]
-            version.dispatcher = self._dispatcher(version, version.signature, message, fds[0])
-        elif version.state is VersionState.FAILED and version.dispatcher is not None:
-            dispatcher, version.dispatcher = version.dispatcher, None
-            dispatcher.fail_all(Unavailable(f"model '{model}' version {number} has failed"))
-            for lane in dispatcher.lanes:
-                self._loop.remove_reader(lane.bell)
-            dispatcher.close()
+        version.state, version.reason = state, message["reason"]
+        match state:
+            case VersionState.READY:
+                self._serve(version, message, fds)
+            case VersionState.FAILED:
+                self._close(version, Unavailable(f"model '{model}' version {number} has failed"))
+            case VersionState.UNLOADING:
+                self._drain(version, monotonic_ns() + self._drain_timeout_ns)
+            case VersionState.UNLOADED:
+                version.metrics.remove()
 
-    def _ask_again(self, **what: Any) -> None:
+    def _serve(self, version: Version, message: Message, fds: list[int]) -> None:
+        """READY: make what takes its requests."""
+        if version.dispatcher is not None:  # told twice: it had been asked for again
+            for fd in fds:
+                os.close(fd)
+            return
+        if not fds:
+            version.state = VersionState.WARMING
+            self._ask_again(version)
+            return
+        version.signature = Signature.from_wire(message["signature"])
+        version.config = message["config"]
+        version.dispatcher = self._dispatcher(version, version.signature, message, fds[0])
+
+    def _drain(self, version: Version, deadline_ns: int) -> None:
+        """Let go of a version that is unloaded, once nothing of it is in flight or at the deadline."""
+        dispatcher = version.dispatcher
+        if dispatcher is not None and monotonic_ns() < deadline_ns and not _is_idle(dispatcher):
+            # Looked for, not told: a request's end should not cost a question that is so rarely asked.
+            self._loop.call_later(DRAIN_LOOK_S, self._drain, version, deadline_ns)
+            return
+        self._close(version, version.refusal())
+        for key in [key for key in self._watched if key[:2] == (version.model, version.number)]:
+            self._unwatch(key)
+        version.metrics.remove()
+        self._channel.send("drained", model=version.model, version=version.number)
+
+    def _close(self, version: Version, error: Unavailable) -> None:
+        """End what takes a version's requests, and give back its lanes; those in flight get the error."""
+        if version.dispatcher is None:
+            return
+        dispatcher, version.dispatcher = version.dispatcher, None
+        dispatcher.fail_all(error)
+        for lane in dispatcher.lanes:
+            self._loop.remove_reader(lane.bell)
+        dispatcher.close()
+        with suppress(BufferError):  # a view lives on in a traceback: unmapped with it
+            self._boards.pop((version.model, version.number)).close()
+
+    def _ask_again(self, version: Version, **what: Any) -> None:
         """Out of descriptors: what came with the last message is asked for again, when some are free."""
         log.error("out of file descriptors; asking for a message again in %g s", ASK_AGAIN_S)
-        self._loop.call_later(ASK_AGAIN_S, partial(self._channel.send, "again", **what))
+
+        def ask() -> None:
+            if self._routes.models.get(version.model, {}).get(version.number) is version:
+                self._channel.send("again", model=version.model, version=version.number, **what)
+
+        self._loop.call_later(ASK_AGAIN_S, ask)
 
     def _dispatcher(
         self, version: Version, signature: Signature, message: Message, board_fd: int
     ) -> Dispatcher:
         board = memory.map_writable(board_fd, ring.board_bytes(message["seats"]))
         os.close(board_fd)
+        self._boards[(version.model, version.number)] = board
 
         def watch(lane: Lane) -> None:
             self._loop.add_reader(lane.bell, dispatcher.on_bell, lane)
@@ -145,7 +208,13 @@ class SupervisorLink:
 
         dispatcher = Dispatcher(
             signature,
-            Limits(message["max_queue_size"], message["queue_timeout_ns"], self._lane_bytes),
+            Limits(
+                message["max_queue_size"],
+                message["queue_timeout_ns"],
+                self._lane_bytes,
+                message["priority_levels"],
+                message["default_level"],
+            ),
             board,
             version.metrics,
             self._loop,
@@ -157,32 +226,35 @@ class SupervisorLink:
     def _worker_up(self, message: Message, fds: list[int]) -> None:
         version = self._routes.models[message["model"]][message["version"]]
         if not fds:
-            self._ask_again(
-                model=version.model, version=version.number, instance=message["instance"]
-            )
+            self._ask_again(version, instance=message["instance"])
             return
         pidfd, channel_fd = fds
         channel = Channel.from_fd(channel_fd)
-        if version.dispatcher is None:
+        incarnation, instance = message["incarnation"], message["instance"]
+        key = version.model, version.number, incarnation
+        if version.dispatcher is None or key in self._watched:
             channel.close()
             os.close(pidfd)
             return
-        incarnation, instance = message["incarnation"], message["instance"]
-        self._watched[(version.model, version.number, incarnation)] = pidfd
+        self._watched[key] = pidfd
         version.dispatcher.worker_up(incarnation, channel)
         version.metrics.worker(instance, up=True, restarted=message["restarted"])
         self._loop.add_reader(pidfd, partial(self._on_death, version, incarnation, instance))
 
     def _on_death(self, version: Version, incarnation: int, instance: int) -> None:
         """A pidfd is readable: the worker is dead for certain."""
-        pidfd = self._watched.pop((version.model, version.number, incarnation), None)
-        if pidfd is None:
+        key = version.model, version.number, incarnation
+        if key not in self._watched:
             return
-        self._loop.remove_reader(pidfd)
-        os.close(pidfd)
+        self._unwatch(key)
         version.metrics.worker(instance, up=False)
         if version.dispatcher is not None:
             version.dispatcher.worker_died(incarnation)
+
+    def _unwatch(self, key: tuple[str, int, int]) -> None:
+        pidfd = self._watched.pop(key)
+        self._loop.remove_reader(pidfd)
+        os.close(pidfd)
 
     def _worker_exited(self, message: Message) -> None:
         version = self._routes.models[message["model"]][message["version"]]
@@ -190,6 +262,14 @@ class SupervisorLink:
         self._on_death(version, incarnation, message["instance"])
         if version.dispatcher is not None:
             version.dispatcher.worker_exited(incarnation, message["signal"], message["timed_out"])
-        self._channel.send(
-            "reclaimed", model=version.model, version=version.number, incarnation=incarnation
-        )
+        if version.state is not VersionState.UNLOADING or version.dispatcher is not None:
+            # Otherwise "drained" has said it, and the version may be another one by now.
+            self._channel.send(
+                "reclaimed", model=version.model, version=version.number, incarnation=incarnation
+            )
+
+
+def _is_idle(dispatcher: Dispatcher) -> bool:
+    """Whether no request is waiting or running."""
+    in_slots = any(slot.requests for lane in dispatcher.lanes for slot in lane.slots)
+    return not in_slots and dispatcher.waiting() == 0

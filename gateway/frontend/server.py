@@ -20,6 +20,7 @@ from gateway.frontend.answers import DRAINING, answering
 from gateway.frontend.health import HealthHandlers
 from gateway.frontend.inference import Inference
 from gateway.frontend.link import SupervisorLink
+from gateway.frontend.operations import Operations
 from gateway.frontend.tfserving import TensorFlowHandlers
 from gateway.frontend.v2 import V2Handlers
 from gateway.serving.channel import Channel
@@ -44,17 +45,25 @@ class Frontend:
     async def serve(self, data: socket.socket, metrics_socket: socket.socket) -> None:
         """Serve until drained."""
         options = self._options
-        routes, metrics = RouteTable(), Metrics()
+        routes, metrics, operations = RouteTable(), Metrics(), Operations(self._channel)
         health = HealthHandlers(routes, metrics, options.strict_readiness)
         inference = Inference(options.max_request_bytes)
         app = self._application()
         health.add_to(app)
-        V2Handlers(routes, inference, options.max_request_bytes).add_to(app)
+        control = operations if options.model_control else None
+        V2Handlers(routes, inference, control, options.max_request_bytes).add_to(app)
         TensorFlowHandlers(routes, inference).add_to(app)
         metrics_app = self._application()
         health.add_metrics_to(metrics_app)
         link = SupervisorLink(
-            self._channel, routes, metrics, options.lane_bytes, self._drain, self._orphaned
+            self._channel,
+            routes,
+            metrics,
+            operations,
+            options.lane_bytes,
+            options.drain_timeout_s,
+            self._drain,
+            self._orphaned,
         )
         link.start()
         await link.told.wait()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from aiohttp import web
 
@@ -10,9 +11,10 @@ from gateway.errors import Forbidden, InvalidRequest, UnsupportedMediaType
 from gateway.frontend.answers import VERSION, json_answer
 from gateway.frontend.bodies import read_body
 from gateway.frontend.inference import Inference
+from gateway.frontend.operations import Operations
 from gateway.protocols import jsontext, messagepack, v2_documents, v2_infer
 from gateway.protocols.call import InferCall, OutputTensor
-from gateway.serving.routes import RouteTable, Version
+from gateway.serving.routes import RouteTable, Version, VersionState, checked_name
 from gateway.telemetry.metrics import Duration
 from gateway.tensors import Signature
 
@@ -38,12 +40,20 @@ class V2Handlers:
     Args:
         routes: models and versions.
         inference: runs the inferences.
+        operations: load and unload models; None where clients may not.
         max_request_bytes: bounds the bodies of other requests, too.
     """
 
-    def __init__(self, routes: RouteTable, inference: Inference, max_request_bytes: int) -> None:
+    def __init__(
+        self,
+        routes: RouteTable,
+        inference: Inference,
+        operations: Operations | None,
+        max_request_bytes: int,
+    ) -> None:
         self._routes = routes
         self._inference = inference
+        self._operations = operations
         self._max_request_bytes = max_request_bytes
 
     def add_to(self, app: web.Application) -> None:
@@ -52,8 +62,8 @@ class V2Handlers:
         get("/v2", self.server_metadata)
         get("/v2/models/stats", self.all_statistics)
         post("/v2/repository/index", self.repository_index)
-        post("/v2/repository/models/{model}/load", self.refuse_model_control)
-        post("/v2/repository/models/{model}/unload", self.refuse_model_control)
+        post("/v2/repository/models/{model:[^/]*}/load", self.load_model)
+        post("/v2/repository/models/{model:[^/]*}/unload", self.unload_model)
         model = "/v2/models/{model:[^/]*}"  # an empty name is a bad name, not an unknown path
         for prefix in (model, model + "/versions/{version}"):
             get(prefix, self.model_metadata)
@@ -118,15 +128,48 @@ class V2Handlers:
             raise InvalidRequest('the body must be empty or {"ready": true|false}')
         ready_only = options.get("ready", False)
         entries = [
-            v2_documents.IndexEntry(v.model, str(v.number), _triton_state(v), v.reason)
+            v2_documents.IndexEntry(v.model, str(v.number), *_triton_state(v))
             for v in self._routes.versions()
             if v.is_ready or not ready_only
         ]
         return json_answer(v2_documents.repository_index(entries))
 
-    async def refuse_model_control(self, _http: web.Request) -> web.Response:
-        """Loading and unloading is for operators, not for whoever reaches the data port."""
-        raise Forbidden("models are not loaded or unloaded through the data port")
+    async def load_model(self, http: web.Request) -> web.Response:
+        """Read a model from the repository anew and serve the versions that its policy chooses."""
+        operations, name = self._controlled(http)
+        if await self._operation_parameters(http):
+            raise InvalidRequest(
+                "a model is loaded as it lies in the repository: "
+                "parameters (config, file:…) are not supported"
+            )
+        await operations.run("load", name)
+        return web.Response()
+
+    async def unload_model(self, http: web.Request) -> web.Response:
+        """End every version of a model; one that is not there is unloaded already."""
+        operations, name = self._controlled(http)
+        parameters = await self._operation_parameters(http)
+        dependents = parameters.pop("unload_dependents", False)  # models here have none
+        if parameters or not isinstance(dependents, bool):
+            raise InvalidRequest("the one parameter is unload_dependents, true or false")
+        await operations.run("unload", name)
+        return web.Response()
+
+    def _controlled(self, http: web.Request) -> tuple[Operations, str]:
+        """Who carries it out, and on which model. Forbidden where clients may not ask for it."""
+        if self._operations is None:
+            raise Forbidden(
+                "models are not loaded or unloaded through the data port: model_control is off"
+            )
+        return self._operations, checked_name(http.match_info["model"])
+
+    async def _operation_parameters(self, http: web.Request) -> dict[str, Any]:
+        body = await read_body(http, self._max_request_bytes)
+        document = jsontext.loads(body) if body else {}
+        parameters = document.get("parameters", {}) if isinstance(document, dict) else None
+        if not isinstance(parameters, dict):
+            raise InvalidRequest('the body must be empty or {"parameters": {…}}')
+        return parameters
 
     async def infer(self, http: web.Request) -> web.Response:
         """One inference: JSON, JSON with binary tensors, one raw tensor, or msgpack."""
@@ -168,8 +211,17 @@ class V2Handlers:
         return web.Response(body=body, content_type=http.content_type)
 
 
-def _triton_state(version: Version) -> str:
-    return {"READY": "READY", "FAILED": "UNAVAILABLE"}.get(version.state.value, "LOADING")
+def _triton_state(version: Version) -> tuple[str, str]:
+    """State and reason of a version in Triton's words."""
+    match version.state:
+        case VersionState.LOADING | VersionState.WARMING:
+            return "LOADING", version.reason
+        case VersionState.FAILED:
+            return "UNAVAILABLE", version.reason
+        case VersionState.UNLOADED:
+            return "UNAVAILABLE", "unloaded"
+        case _:
+            return version.state.value, version.reason
 
 
 def _statistics(version: Version) -> v2_documents.ModelStatistics:

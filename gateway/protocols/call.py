@@ -12,12 +12,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway import bytestrings
 from gateway.errors import InvalidRequest, TooLarge
 from gateway.names import NAME
 from gateway.tensors import (
     DATATYPES,
     MAX_ELEMENTS,
+    MAX_RANK,
     DataType,
+    Shape,
     Signature,
     TensorSpec,
     element_count,
@@ -25,14 +28,17 @@ from gateway.tensors import (
 
 _ITEMSIZES = {t.name: t.itemsize for t in DATATYPES.values() if t.numpy is not None}
 
+_ANY_DIMS: Shape = (None,) * MAX_RANK
+
 
 @dataclass(slots=True)
 class InputTensor:
     """One input of a request.
 
-    ``data`` is a list of numbers (flat or nested) or the tensor's raw bytes (little-endian,
-    row-major, exactly ``element_count(shape) * itemsize`` of them). ``strict``: a list must nest
-    exactly as ``shape`` says; otherwise it is flattened and only the count must agree.
+    ``data`` is a list of numbers (flat or nested; of one for shape ()) or the tensor's raw bytes
+    (little-endian, row-major, exactly ``element_count(shape) * itemsize`` of them). ``strict``: a
+    list must nest exactly as ``shape`` says; otherwise it is flattened and only the count must agree.
+    BYTES are always raw: their serialised form (`gateway.bytestrings`).
     """
 
     name: str
@@ -54,7 +60,8 @@ class WantedOutput:
 class InferCall:
     """One inference request. ``outputs`` None means all of them, each ``binary_outputs``.
 
-    ``timeout_us`` None means the model's own; ``rows`` is set by `check_call`.
+    ``timeout_us`` None means the model's own. ``priority`` 1 is the highest level, 0 the model's
+    default. ``rows`` is set by `check_call`: 1 for a model that is not batched.
     """
 
     inputs: list[InputTensor]
@@ -62,6 +69,7 @@ class InferCall:
     outputs: list[WantedOutput] | None = None
     binary_outputs: bool = False
     timeout_us: int | None = None
+    priority: int = 0
     rows: int = field(default=0)
 
 
@@ -80,15 +88,16 @@ class OutputTensor:
 
 
 def check_call(call: InferCall, signature: Signature, max_bytes: int) -> None:
-    """Hold a call against the signature of a batched model, and set ``call.rows``.
+    """Hold a call against a model's signature, and set ``call.rows``.
 
-    Checks names of inputs and outputs, datatypes, shapes, that every input has the same first dim,
-    that a symbolic dim has one value throughout the request, and the size of raw data. How many
-    elements a list holds is checked by the decode kernel, which counts them anyway.
+    Checks names of inputs and outputs, datatypes, shapes, that a symbolic dim has one value throughout
+    the request, and the size of raw data. How many numbers a list holds is checked by the decode
+    kernel, which counts them anyway. In a batched model the required inputs need the same first dim,
+    the rows, whose name is not compared with other dims.
 
     Args:
-        call: as a protocol module parsed it.
-        signature: with ``max_batch_size`` >= 1 and the batch as the first dim of every tensor.
+        call: as a protocol module parsed it; BYTES are raw.
+        signature: of the model version.
         max_bytes: most bytes that all inputs may take as tensors (``max_request_bytes``).
 
     Raises:
@@ -99,20 +108,25 @@ def check_call(call: InferCall, signature: Signature, max_bytes: int) -> None:
     _check_outputs(call, signature.outputs)
     rows = total_bytes = 0
     symbols: dict[str, int] = {}
+    batched = signature.max_batch_size > 0
     for tensor, spec in zip(call.inputs, specs, strict=True):
-        total_bytes += _check_tensor(tensor, spec, symbols)
-        if tensor.shape[0] != rows:
+        has_rows = batched and not spec.optional
+        total_bytes += _check_tensor(tensor, spec, symbols, has_rows)
+        if has_rows and tensor.shape[0] != rows:
             if rows:
+                first = next(other.name for other in specs if not other.optional)
                 raise InvalidRequest(
                     f"input '{spec.name}' has {tensor.shape[0]} rows, "
-                    f"'{specs[0].name}' has {rows}: every input needs as many"
+                    f"'{first}' has {rows}: every input needs as many"
                 )
             rows = tensor.shape[0]
-    if rows > signature.max_batch_size:
+    if not batched:
+        rows = 1
+    elif rows > signature.max_batch_size:
         raise InvalidRequest(
             f"request batch-size must be <= {signature.max_batch_size}, got {rows}"
         )
-    if not rows:
+    elif not rows:
         raise InvalidRequest("the request has no rows")
     if total_bytes > max_bytes:
         raise TooLarge(
@@ -133,10 +147,13 @@ def _match_inputs(tensors: list[InputTensor], specs: tuple[TensorSpec, ...]) -> 
             raise unexpected_input(tensor.name)
         matched.append(spec)
     if missing:
-        names = ", ".join(f"'{name}'" for name in missing)
-        raise InvalidRequest(
-            f"expected {len(specs)} inputs but got {len(matched)}, missing: {names}"
-        )
+        absent = [f"'{spec.name}'" for spec in missing.values() if not spec.optional]
+        if absent:
+            required = sum(not spec.optional for spec in specs)
+            raise InvalidRequest(
+                f"expected {required} inputs but got {required - len(absent)}, "
+                f"missing: {', '.join(absent)}"
+            )
     return matched
 
 
@@ -158,25 +175,30 @@ def _check_outputs(call: InferCall, specs: tuple[TensorSpec, ...]) -> None:
             raise no_json_form(f"output '{found.name}'", found.datatype)
 
 
-def _check_tensor(tensor: InputTensor, spec: TensorSpec, symbols: dict[str, int]) -> int:
+def _check_tensor(
+    tensor: InputTensor, spec: TensorSpec, symbols: dict[str, int], has_rows: bool
+) -> int:
     """The bytes that the tensor takes. ``symbols``: the values of symbolic dims seen so far."""
     datatype, shape = tensor.datatype, tensor.shape
-    if datatype is not spec.datatype or datatype.numpy is None:
-        if datatype.numpy is None:
-            raise bytes_unsupported(spec.name)
+    if datatype is not spec.datatype:
         raise InvalidRequest(
             f"input '{spec.name}' has datatype {datatype.name}, expected {spec.datatype.name}"
         )
-    if len(shape) != len(spec.shape):
+    declared = _ANY_DIMS[: len(shape)] if spec.shape is None else spec.shape
+    if len(shape) != len(declared):
         raise _misshapen(tensor, spec)
-    for position, (dim, expected) in enumerate(zip(shape, spec.shape, strict=True)):
+    for position, (dim, expected) in enumerate(zip(shape, declared, strict=True)):
         if isinstance(expected, int):
             if dim != expected:
                 raise _misshapen(tensor, spec)
         elif dim < 0:
             raise _misshapen(tensor, spec)
-        # The batch dim's name is left out: the rows of a call are compared on their own.
-        elif expected and position and symbols.setdefault(expected, dim) != dim:
+        elif (
+            expected
+            # The batch dim's name is left out: the rows of a call are compared on their own.
+            and (position or not has_rows)
+            and symbols.setdefault(expected, dim) != dim
+        ):
             raise InvalidRequest(
                 f"input '{spec.name}': dim {position} is {_show_dim(dim)}, but '{expected}' "
                 f"is {_show_dim(symbols[expected])} elsewhere in the request"
@@ -185,8 +207,10 @@ def _check_tensor(tensor: InputTensor, spec: TensorSpec, symbols: dict[str, int]
     # Beside a zero the other dims must not overflow either: an output may lack the zero.
     if (elements or element_count([dim or 1 for dim in shape])) > MAX_ELEMENTS:
         raise _too_many_elements(spec)
-    if not shape or not shape[0]:
+    if has_rows and (not shape or not shape[0]):
         raise InvalidRequest(f"input '{spec.name}' has no rows: its first dim must be at least 1")
+    if datatype.numpy is None:
+        return _check_strings(tensor, elements)
     size = elements * _ITEMSIZES[datatype.name]
     if isinstance(tensor.data, memoryview):
         if tensor.data.nbytes != size:
@@ -197,6 +221,20 @@ def _check_tensor(tensor: InputTensor, spec: TensorSpec, symbols: dict[str, int]
     elif not datatype.in_json:
         raise no_json_form(f"input '{spec.name}'", datatype)
     return size
+
+
+def _check_strings(tensor: InputTensor, elements: int) -> int:
+    """The bytes of a BYTES tensor's raw form, which must hold as many elements."""
+    if not isinstance(tensor.data, memoryview):
+        raise TypeError("a BYTES tensor needs raw data")
+    wanted = f"expected {elements} strings for shape {_show_shape(tensor.shape)}"
+    try:
+        given = bytestrings.count(tensor.data)
+    except ValueError as error:
+        raise InvalidRequest(f"input '{tensor.name}': {wanted}, but {error}") from None
+    if given != elements:
+        raise InvalidRequest(f"input '{tensor.name}': {wanted}, got {given}")
+    return tensor.data.nbytes
 
 
 def _misshapen(tensor: InputTensor, spec: TensorSpec) -> InvalidRequest:
@@ -226,11 +264,6 @@ def _show_dim(dim: int) -> str:
 def unexpected_input(name: str) -> InvalidRequest:
     """The error for an input that the model does not have."""
     return InvalidRequest(f"unexpected inference input {show_name(name)}")
-
-
-def bytes_unsupported(name: str) -> InvalidRequest:
-    """The error for a tensor of strings. ``name`` must be one that may be shown."""
-    return InvalidRequest(f"input '{name}': BYTES tensors are not supported by this model")
 
 
 def no_json_form(subject: str, datatype: DataType) -> InvalidRequest:

@@ -123,10 +123,11 @@ def dumps(document: Any) -> bytes:
 
 def tensor_data(
     datatype: DataType, data: memoryview, shape: tuple[int, ...] | None = None
-) -> npt.NDArray[Any]:
-    """What stands for a raw tensor in a document for `dumps_tensors`: an array over its bytes.
+) -> npt.NDArray[Any] | np.generic:
+    """What stands for a raw tensor of numbers in a document for `dumps_tensors`.
 
-    ``data`` is little-endian and row-major and is not copied. Without ``shape`` the array is flat.
+    An array over its bytes, which are little-endian and row-major and are not copied. Without ``shape``
+    it is flat; for shape () it is the one number. Strings are for `gateway.protocols.strings`.
 
     Raises:
         InvalidRequest: the datatype has no JSON form (FP16, BF16).
@@ -134,7 +135,12 @@ def tensor_data(
     if not datatype.in_json:
         raise no_json_form("the answer", datatype)
     array = np.frombuffer(data, _DTYPES[datatype.name])
-    return array if shape is None else array.reshape(shape)
+    if shape is None:
+        return array
+    if not shape:  # orjson knows NumPy's scalars, but no array without dims
+        one: np.generic = array[0]
+        return one
+    return array.reshape(shape)
 
 
 def dumps_tensors(document: Any) -> bytes:

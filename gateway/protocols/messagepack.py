@@ -1,7 +1,8 @@
 """Inference in msgpack: the v2 request and answer as a map.
 
 The fields are those of v2. An input's ``data`` is a ``bin`` (raw, little-endian, row-major) or an
-array of numbers, flat or nested; an answer's is always a ``bin``.
+array of numbers, flat or nested; an answer's is always a ``bin``. BYTES are arrays of ``bin``, flat
+in answers; a request may also hold them as text, or raw in one ``bin``.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any, NoReturn
 import msgpack
 from msgpack.exceptions import OutOfData, StackError, UnpackException
 
+from gateway import bytestrings
 from gateway.errors import InvalidRequest
 from gateway.protocols.call import InferCall, OutputTensor
 from gateway.protocols.v2_infer import answer_document, call_from_document, wanted_outputs
@@ -42,7 +44,9 @@ def encode_infer(call: InferCall, model: str, version: str, outputs: list[Output
             "name": output.name,
             "datatype": output.datatype.name,
             "shape": output.shape,
-            "data": output.data,
+            "data": output.data
+            if output.datatype.numpy is not None
+            else bytestrings.elements(output.data),
         }
         for output, _ in wanted_outputs(call, outputs)
     ]

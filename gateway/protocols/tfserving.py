@@ -2,7 +2,7 @@
 
 Protocol: tensorflow.org/tfx/serving/api_rest. A single tensor drops its name, both ways. Shapes are
 not sent: they follow from how the lists nest, down the first element of each level, and the decode
-kernel holds every other element to them (`InputTensor.strict`).
+kernel (`InputTensor.strict`) or `strings.pack_nested` holds every other element to them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from gateway.protocols.call import (
     InferCall,
     InputTensor,
     OutputTensor,
-    bytes_unsupported,
     unexpected_input,
 )
 from gateway.protocols.jsontext import check_ignored, dumps_tensors, loads, tensor_data
+from gateway.protocols.strings import is_base64, pack_nested, tensorflow_strings
 from gateway.tensors import MAX_RANK, Signature, TensorSpec
 
 SIGNATURE_NAME = "serving_default"
@@ -42,7 +42,8 @@ def parse_predict(body: bytes | memoryview, signature: Signature) -> tuple[Infer
     """The call in the body of a ``:predict``, and whether it came in rows (``instances``).
 
     An instance whose only key is ``inputs``, holding an object, is read as that object when the
-    model has no input of that name: documentation in the wild sends it.
+    model has no input of that name: documentation in the wild sends it. ``{"b64": …}`` is a string
+    where the one input may go without its name, takes strings and is not itself called so.
 
     Raises:
         InvalidRequest: malformed in any way. The call is yet to be held against the signature
@@ -61,6 +62,8 @@ def parse_predict(body: bytes | memoryview, signature: Signature) -> tuple[Infer
     specs = {spec.name: spec for spec in signature.inputs}
     if row:
         columns = _columns_of_instances(document["instances"], specs)
+        if signature.is_batched:
+            _refuse_optional(columns, specs)
     else:
         columns = _columns_of_inputs(document["inputs"], specs)
     return InferCall([_tensor(name, data, specs) for name, data in columns.items()]), row
@@ -79,6 +82,8 @@ def _columns_of_instances(instances: Any, specs: dict[str, TensorSpec]) -> dict[
             for instance in instances
         ]
         first = instances[0]
+    if _is_value(first, specs):
+        return {_only_input(specs, "'instances'"): instances}
     names = first.keys()
     for position, instance in enumerate(instances):
         if type(instance) is not dict or instance.keys() != names:
@@ -88,24 +93,45 @@ def _columns_of_instances(instances: Any, specs: dict[str, TensorSpec]) -> dict[
 
 def _columns_of_inputs(inputs: Any, specs: dict[str, TensorSpec]) -> dict[str, Any]:
     """The data of each input in columnar form."""
-    if type(inputs) is dict:
+    if type(inputs) is dict and not _is_value(inputs, specs):
         return inputs
     return {_only_input(specs, "'inputs'"): inputs}
 
 
+def _may_go_unnamed(specs: dict[str, TensorSpec]) -> list[TensorSpec]:
+    """The inputs that a request without names may mean; it is a good one if there is only one."""
+    return [spec for spec in specs.values() if not spec.optional] or list(specs.values())
+
+
 def _only_input(specs: dict[str, TensorSpec], where: str) -> str:
-    """The name of a model's one input, which the request may leave out."""
-    if len(specs) != 1:
+    """The name of the one input that a request may leave out."""
+    unnamed = _may_go_unnamed(specs)
+    if len(unnamed) != 1:
         names = ", ".join(f"'{name}'" for name in specs)
         raise InvalidRequest(f"{where} must name the inputs of this model: {names}")
-    return next(iter(specs))
+    return unnamed[0].name
+
+
+def _is_value(entry: dict[str, Any], specs: dict[str, TensorSpec]) -> bool:
+    """Whether an object in the place of a map of inputs is a string in base64."""
+    if not is_base64(entry) or "b64" in specs:
+        return False
+    unnamed = _may_go_unnamed(specs)
+    return len(unnamed) == 1 and unnamed[0].datatype.numpy is None
+
+
+def _refuse_optional(columns: Iterable[str], specs: dict[str, TensorSpec]) -> None:
+    """An optional input of a batched model has one value for all rows, which rows cannot say."""
+    for name in columns:
+        if name in specs and specs[name].optional:
+            raise InvalidRequest(
+                f"input '{name}' is not given row by row: use 'inputs' in place of 'instances'"
+            )
 
 
 def _tensor(name: str, data: Any, specs: dict[str, TensorSpec]) -> InputTensor:
     spec = specs.get(name)
     if spec is None:
-        if name == "b64" and len(specs) == 1:
-            raise bytes_unsupported(next(iter(specs)))
         raise unexpected_input(name)
     shape: list[int] = []
     value = data
@@ -116,20 +142,35 @@ def _tensor(name: str, data: Any, specs: dict[str, TensorSpec]) -> InputTensor:
         if not value:
             break
         value = value[0]
-    if type(value) is str or (type(value) is dict and value.keys() == {"b64"}):
-        raise bytes_unsupported(name)
+    if spec.datatype.numpy is None:
+        try:
+            data = pack_nested(data, tuple(shape))
+        except InvalidRequest as error:
+            raise InvalidRequest(f"input '{name}': {error.message}") from None
+    elif type(value) is str or is_base64(value):
+        raise InvalidRequest(f"input '{name}' takes {spec.datatype.name}, got strings")
+    elif not shape:
+        return InputTensor(name, spec.datatype, (), [data])
     return InputTensor(name, spec.datatype, tuple(shape), data, strict=True)
 
 
 def encode_predict(signature: Signature, row: bool, outputs: list[OutputTensor]) -> bytes:
     """The body of an answer: ``predictions`` for a request in rows, else ``outputs``.
 
-    ``outputs`` are all outputs of the model, the batch as their first dim; they are copied.
+    ``outputs`` are all outputs of the model; they are copied.
 
     Raises:
-        InvalidRequest: an output is FP16 or BF16, which `check_call` refuses earlier.
+        InvalidRequest: an output is FP16 or BF16, which `check_call` refuses earlier; or the request
+            came in rows and the outputs do not.
     """
-    arrays = {o.name: tensor_data(o.datatype, o.data, o.shape) for o in outputs}
+    if row:
+        _check_rows(outputs)
+    arrays = {
+        o.name: tensorflow_strings(o)
+        if o.datatype.numpy is None
+        else tensor_data(o.datatype, o.data, o.shape)
+        for o in outputs
+    }
     answer: Any = arrays
     if len(signature.outputs) == 1:
         (answer,) = arrays.values()
@@ -137,6 +178,17 @@ def encode_predict(signature: Signature, row: bool, outputs: list[OutputTensor])
         rows = zip(*arrays.values(), strict=True)
         answer = [dict(zip(arrays, values, strict=True)) for values in rows]
     return dumps_tensors({"predictions" if row else "outputs": answer})
+
+
+def _check_rows(outputs: list[OutputTensor]) -> None:
+    """Hold outputs to having one first dim, that of the predictions."""
+    first = outputs[0]
+    for output in outputs:
+        if output.shape[:1] != first.shape[:1] or not output.shape:
+            raise InvalidRequest(
+                f"output '{output.name}' has no row for each prediction: "
+                "use 'inputs' in place of 'instances'"
+            )
 
 
 def model_status(entries: Iterable[VersionStatus]) -> dict[str, Any]:
@@ -170,8 +222,10 @@ def _tensor_info(spec: TensorSpec) -> dict[str, Any]:
     return {
         "dtype": spec.datatype.tensorflow,
         "tensor_shape": {
-            "dim": [{"size": str(dim), "name": ""} for dim in spec.wire_shape],
-            "unknown_rank": False,
+            "dim": []
+            if spec.shape is None
+            else [{"size": str(dim), "name": ""} for dim in spec.wire_shape],
+            "unknown_rank": spec.shape is None,
         },
         "name": spec.name,
     }

@@ -99,7 +99,7 @@ def model_config(
     instances: Iterable[tuple[str, int]],
     version_policy: Mapping[str, Any] | Literal["all"],
 ) -> dict[str, Any]:
-    """The document of ``GET /v2/models/{m}/config``; dims leave out the batch dim.
+    """The document of ``GET /v2/models/{m}/config``; dims leave out the batch dim, where there is one.
 
     Args:
         name: of the model.
@@ -108,7 +108,7 @@ def model_config(
         instances: device ("cpu", "cuda:N") and count of each group of workers.
         version_policy: {"latest": N}, {"specific": [N, …]} or "all", as in the settings.
     """
-    batched = signature.max_batch_size > 0
+    batched = signature.is_batched
     config: dict[str, Any] = {
         "name": name,
         "platform": PLATFORM,
@@ -135,11 +135,15 @@ def model_config(
 
 def _tensor_config(spec: TensorSpec, batched: bool) -> dict[str, Any]:
     datatype = spec.datatype.name
-    return {
+    has_rows = batched and not spec.optional and spec.shape is not None
+    config: dict[str, Any] = {
         "name": spec.name,
         "data_type": "TYPE_STRING" if datatype == "BYTES" else f"TYPE_{datatype}",
-        "dims": spec.wire_shape[1:] if batched else spec.wire_shape,
+        "dims": spec.wire_shape[1:] if has_rows else spec.wire_shape,
     }
+    if spec.optional:
+        config["optional"] = True
+    return config
 
 
 def _instance_group(name: str, device: str, count: int) -> dict[str, Any]:

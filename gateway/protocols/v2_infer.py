@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from gateway import bytestrings
 from gateway.errors import InvalidRequest
 from gateway.protocols.call import (
     InferCall,
@@ -17,6 +18,7 @@ from gateway.protocols.call import (
     show_name,
 )
 from gateway.protocols.jsontext import check_ignored, dumps_tensors, loads, tensor_data
+from gateway.protocols.strings import pack_flat, texts
 from gateway.tensors import DATATYPES, MAX_RANK, DataType, Signature, TensorSpec, element_count
 
 MAX_TIMEOUT_US = (1 << 62) // 1000
@@ -41,7 +43,8 @@ def parse_infer(
         body: the whole body, decompressed. Raw tensors of the call are views of it.
         header_length: the header ``Inference-Header-Content-Length``: the bytes of the JSON text
             before the raw tensors; "0": the body is one raw tensor; None: it is all JSON.
-        signature: of the model version; its names may be shown, and raw mode takes its one input.
+        signature: of the model version; its names may be shown, and raw mode takes its one required
+            input.
 
     Raises:
         InvalidRequest: malformed in any way. The call is yet to be held against the signature
@@ -68,21 +71,30 @@ def _header_size(text: str, body_bytes: int) -> int:
 
 
 def _raw_call(data: memoryview, signature: Signature) -> InferCall:
-    """One row of a model's one input; its one variable dim follows from the number of bytes."""
-    if len(signature.inputs) != 1:
+    """The tensor of a model's one required input, one row of it where the model is batched.
+
+    Its one variable dim follows from the number of bytes. A string is the body itself.
+    """
+    required = [spec for spec in signature.inputs if not spec.optional]
+    if len(required) != 1:
         raise InvalidRequest(
-            f"a raw request needs a model with one input, this one has {len(signature.inputs)}"
+            f"a raw request needs a model with one required input, this one has {len(required)}"
         )
-    spec = signature.inputs[0]
-    if spec.datatype.numpy is None:
-        raise InvalidRequest("BYTES tensors are not supported by this model")
-    shape = [1, *spec.wire_shape[1:]]
+    spec = required[0]
+    shape = [1, *spec.wire_shape[1:]] if signature.is_batched else spec.wire_shape
     variable = [position for position, dim in enumerate(shape) if dim < 0]
     if len(variable) > 1:
         raise InvalidRequest(
             f"a raw request needs an input with at most one variable dim, "
             f"'{spec.name}' has {len(variable)}"
         )
+    if spec.datatype.numpy is None:
+        if any(dim > 1 for dim in shape):
+            raise InvalidRequest(
+                f"a raw request holds one string, input '{spec.name}' takes several"
+            )
+        data = memoryview(bytestrings.serialise([bytes(data)]))
+        return _raw_tensor(spec, [1] * len(shape), data)
     for position in variable:
         step = element_count([dim for dim in shape if dim >= 0]) * spec.datatype.itemsize
         if data.nbytes % step:
@@ -90,6 +102,10 @@ def _raw_call(data: memoryview, signature: Signature) -> InferCall:
                 f"input '{spec.name}': expected a multiple of {step} bytes, got {data.nbytes}"
             )
         shape[position] = data.nbytes // step
+    return _raw_tensor(spec, shape, data)
+
+
+def _raw_tensor(spec: TensorSpec, shape: list[int], data: memoryview) -> InferCall:
     tensor = InputTensor(spec.name, spec.datatype, tuple(shape), data)
     return InferCall([tensor], binary_outputs=True)
 
@@ -133,7 +149,7 @@ def _request_id(value: Any) -> str:
 
 
 def _parameters(value: Any) -> dict[str, Any]:
-    """A ``parameters`` object, of scalars only."""
+    """A ``parameters`` object, of scalars only and with no reserved name."""
     if type(value) is not dict:
         raise InvalidRequest("'parameters' must be an object")
     for key, parameter in value.items():
@@ -141,6 +157,8 @@ def _parameters(value: Any) -> dict[str, Any]:
             raise InvalidRequest(
                 f"parameter {show_name(key)} must be a string, a number or a boolean"
             )
+        if key.startswith("triton_"):
+            raise InvalidRequest(f"parameter {show_name(key)}: names with 'triton_' are reserved")
     return value
 
 
@@ -153,12 +171,9 @@ def _read_request_parameters(value: Any, call: InferCall) -> None:
             # 0 asks for the model's own time-out, as in the reference.
             call.timeout_us = min(_unsigned(key, parameter), MAX_TIMEOUT_US) or None
         elif key == "priority":
-            _unsigned(key, parameter)
-        elif key in _SEQUENCE:
-            if parameter:
-                raise InvalidRequest(f"parameter '{key}': sequences are not supported")
-        elif key.startswith("triton_"):
-            raise InvalidRequest(f"parameter {show_name(key)}: names with 'triton_' are reserved")
+            call.priority = _unsigned(key, parameter)
+        elif key in _SEQUENCE and parameter:
+            raise InvalidRequest(f"parameter '{key}': sequences are not supported")
 
 
 def _boolean(key: str, value: Any) -> bool:
@@ -194,9 +209,9 @@ def _read_inputs(
         if type(name) is not str:
             raise InvalidRequest("every input must have a string 'name'")
         try:
-            size = _binary_size(entry)
+            datatype, shape, size = _datatype(entry), _shape(entry), _binary_size(entry)
             if size is None:
-                data = _inline_data(entry)
+                data = _inline_data(entry, datatype, shape)
             else:
                 data = binary[offset : offset + size]
                 if len(data) != size:
@@ -204,7 +219,7 @@ def _read_inputs(
                         f"expected {size} bytes of binary data, {len(data)} are left"
                     )
                 offset += size
-            tensors.append(InputTensor(name, _datatype(entry), _shape(entry), data))
+            tensors.append(InputTensor(name, datatype, shape, data))
         except InvalidRequest as error:
             raise InvalidRequest(f"input {show_name(name, known)}: {error.message}") from None
     if offset != len(binary):
@@ -225,16 +240,20 @@ def _binary_size(entry: dict[str, Any]) -> int | None:
     return _unsigned("binary_data_size", parameters["binary_data_size"])
 
 
-def _inline_data(entry: dict[str, Any]) -> list[Any] | memoryview:
-    """The input's ``data``: an array, or raw bytes (which only msgpack has)."""
+def _inline_data(
+    entry: dict[str, Any], datatype: DataType, shape: tuple[int, ...]
+) -> list[Any] | memoryview:
+    """The input's ``data``: an array, raw bytes (which only msgpack has), or for shape () a scalar."""
     data = entry.get("data")
-    if type(data) is list:
-        return data
     if type(data) is bytes:
         return memoryview(data)
-    raise InvalidRequest(
-        "'data' must be an array" if "data" in entry else "needs 'data' or 'binary_data_size'"
-    )
+    if type(data) is not list:
+        if "data" not in entry:
+            raise InvalidRequest("needs 'data' or 'binary_data_size'")
+        if shape or type(data) not in _SCALARS:
+            raise InvalidRequest("'data' must be an array")
+        data = [data]
+    return data if datatype.numpy is not None else pack_flat(data)
 
 
 def _datatype(entry: dict[str, Any]) -> DataType:
@@ -308,8 +327,8 @@ def encode_infer(
         JSON. ``data`` in JSON is flat and row-major.
 
     Raises:
-        InvalidRequest: an output whose datatype has no JSON form is wanted as JSON, which
-            `check_call` refuses earlier.
+        InvalidRequest: an output is wanted as JSON that has no such form: by its datatype, which
+            `check_call` refuses earlier, or because its strings are not UTF-8.
     """
     entries: list[dict[str, Any]] = []
     raw: list[memoryview] = []
@@ -323,7 +342,8 @@ def encode_infer(
             entry["parameters"] = {"binary_data_size": output.data.nbytes}
             raw.append(output.data)
         else:
-            entry["data"] = tensor_data(output.datatype, output.data)
+            is_text = output.datatype.numpy is None
+            entry["data"] = texts(output) if is_text else tensor_data(output.datatype, output.data)
         entries.append(entry)
     text = dumps_tensors(answer_document(call, model, version, entries))
     if not raw:

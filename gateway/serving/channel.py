@@ -6,6 +6,7 @@ does, which is how each learns that its peer is gone. Every message has the key 
 
 from __future__ import annotations
 
+import array
 import os
 import socket
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ MAX_MESSAGE_BYTES = 1 << 17
 
 MAX_FDS = 16
 """Most descriptors beside one message."""
+
+_FDS_SPACE = socket.CMSG_LEN(MAX_FDS * array.array("i").itemsize)
 
 Message = dict[str, Any]
 
@@ -71,27 +74,37 @@ class Channel:
             return False
         return True
 
-    def receive(self) -> tuple[Message, list[int]] | None:
+    def receive(self, *, wait: bool = True) -> tuple[Message, list[int]] | None:
         """The next message and its descriptors; None at the end of the channel.
 
         Where this process had no descriptors left for all of them, it gets none.
+
+        Args:
+            wait: False: for this call the channel is not blocking.
 
         Raises:
             BlockingIOError: not blocking, and nothing is there.
         """
         try:
-            packet, fds, flags, _address = socket.recv_fds(self._socket, MAX_MESSAGE_BYTES, MAX_FDS)
+            # Not socket.recv_fds, which drops its argument for flags (Python 3.11 to 3.13).
+            packet, ancillary, flags, _address = self._socket.recvmsg(
+                MAX_MESSAGE_BYTES, _FDS_SPACE, 0 if wait else socket.MSG_DONTWAIT
+            )
         except ConnectionResetError:
             return None
+        fds = array.array("i")
+        for level, kind, data in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
         if not packet:
             return None
         if flags & socket.MSG_CTRUNC:
             for fd in fds:
                 os.close(fd)
-            fds = []
+            fds = array.array("i")
         for fd in fds:
             os.set_inheritable(fd, False)
-        return msgpack.unpackb(packet), fds
+        return msgpack.unpackb(packet), list(fds)
 
     def close(self) -> None:
         """Close this end; the peer's `receive` returns None."""

@@ -17,8 +17,8 @@ import contextlib
 import logging
 import os
 import signal
-from collections import deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from mmap import mmap
 from typing import Any, Protocol
@@ -27,11 +27,13 @@ from gateway._kernels import ring
 from gateway.clock import NS_PER_S, NS_PER_US, monotonic_ns
 from gateway.errors import DeadlineExceeded, GatewayError, InferenceFailed, QueueFull
 from gateway.protocols.call import InferCall
-from gateway.serving import geometry
 from gateway.serving.channel import Channel
-from gateway.serving.lane import Lane, materialise
+from gateway.serving.lane import Lane, Outputs
+from gateway.serving.packing import materialise
 from gateway.serving.placement import Placement
+from gateway.serving.queue import RequestQueue
 from gateway.serving.request import OnAnswer, OnError, Request, Slot, State, Timer, Timing
+from gateway.serving.spill import Spills, viewed
 from gateway.telemetry.metrics import VersionMetrics
 from gateway.tensors import Signature
 
@@ -48,9 +50,6 @@ DEATHS_OF_A_BATCH = 2
 DEATHS_OF_A_REQUEST = 2
 """Workers that may die of a request alone before it is answered with an error."""
 
-SPARSE_QUEUE = 64
-"""Ended requests that may lie in the queue before it is swept, beyond as many as still wait."""
-
 _EXPIRED = "the request's time in the queue ran out before it was run"
 
 
@@ -62,17 +61,27 @@ class Limits:
         max_queue_size: requests waiting for a worker.
         queue_timeout_ns: default time in the queue; 0 for none.
         lane_bytes: budget of a lane, see `geometry`.
+        priority_levels: how many requests may name; 0: their priority is ignored.
+        default_level: of requests that name none, from 1.
     """
 
     max_queue_size: int
     queue_timeout_ns: int
     lane_bytes: int
+    priority_levels: int = 0
+    default_level: int = 1
 
     def deadline_ns(self, timeout_us: int | None, arrived_ns: int) -> int:
         """When a request's time in the queue ends: the shorter of its own and the model's; 0: never."""
         own_ns = (timeout_us or 0) * NS_PER_US
         timeouts = [timeout for timeout in (self.queue_timeout_ns, own_ns) if timeout > 0]
         return arrived_ns + min(timeouts) if timeouts else 0
+
+    def level(self, priority: int) -> int:
+        """The queue's level of a request's priority, counted from 0, the highest."""
+        if not self.priority_levels:
+            return 0
+        return min(priority or self.default_level, self.priority_levels) - 1
 
 
 class Scheduler(Protocol):
@@ -115,8 +124,8 @@ class Dispatcher:
         self._on_lane = on_lane
         self._on_convicted = on_convicted
         self._placement = Placement(signature, limits.lane_bytes, board, self._add_lane)
-        self._queue: deque[Request] = deque()  # QUEUED ones, and ended ones not yet skipped
-        self._queued = 0
+        self._queue = RequestQueue(max(1, limits.priority_levels))
+        self._spills = Spills()
         self._in_flight = 0
         self._workers: dict[int, Channel] = {}  # by incarnation
         self._is_supervised = True
@@ -154,16 +163,14 @@ class Dispatcher:
         bound = self._limits.max_queue_size
         if self._in_flight >= bound and self.waiting() >= bound:
             raise QueueFull(f"the queue is full: queue.max_size is {bound} requests")
-        tensors = {tensor.name: tensor for tensor in call.inputs}
-        dims = tuple(tensors[spec.name].shape[1:] for spec in self.signature.inputs)
+        key, lengths = self._placement.fit(call)
         deadline_ns = self._limits.deadline_ns(call.timeout_us, arrived_ns)
-        request = Request(
-            call, self._placement.key(dims), arrived_ns, deadline_ns, on_answer, on_error
-        )
+        level = self._limits.level(call.priority)
+        request = Request(call, key, lengths, level, arrived_ns, deadline_ns, on_answer, on_error)
         if self._queue or not self._place(request):
-            materialise(call)
-            self._enqueue(request)
-            self._queue.append(request)
+            for tensor in call.inputs:
+                materialise(tensor)
+            self._queue.put(request)
         self._in_flight += 1
         if deadline_ns:
             delay_s = max(0, deadline_ns - monotonic_ns()) / NS_PER_S
@@ -185,7 +192,7 @@ class Dispatcher:
 
     def waiting(self) -> int:
         """Requests that no worker has taken yet."""
-        return self._queued + sum(len(slot.requests) for slot in self._placement.unsealed())
+        return len(self._queue) + sum(len(slot.requests) for slot in self._placement.unsealed())
 
     def fail_all(self, error: GatewayError) -> None:
         """End every request: the version is gone."""
@@ -193,7 +200,6 @@ class Dispatcher:
         for request in [*self._queue, *placed]:
             if request.state is not State.ENDED:
                 self._end(request, error)
-        self._queue.clear()
 
     # Workers
 
@@ -206,9 +212,6 @@ class Dispatcher:
 
     def worker_died(self, incarnation: int) -> None:
         """A worker's death is confirmed: have what it held run elsewhere."""
-        channel = self._workers.pop(incarnation, None)
-        if channel is not None:
-            channel.close()
         for lane in self.lanes:
             for slot, phase in list(lane.held_by(incarnation)):
                 if phase == ring.SEALED:
@@ -217,6 +220,9 @@ class Dispatcher:
                     self._finish(lane, slot, phase)
             lane.producer.wake_all()
             self.on_bell(lane)  # it may have taken the arming and died before it rang
+        channel = self._workers.pop(incarnation, None)
+        if channel is not None:  # read to its end: spills of slots that it had completed
+            channel.close()
 
     def worker_exited(self, incarnation: int, signal_number: int, timed_out: bool) -> None:
         """How a dead worker ended: judge the requests that were alone with it."""
@@ -253,6 +259,7 @@ class Dispatcher:
         """Give back every lane; requests must have been failed before."""
         self._is_closed = True
         self._placement.close()
+        self._spills.close()
         for channel in self._workers.values():
             channel.close()
         self._workers.clear()
@@ -271,19 +278,10 @@ class Dispatcher:
     def _offer(self, lane: Lane, channel: Channel) -> None:
         channel.send("lane", lane.fds, lane=lane.number, spec=lane.spec.to_wire())
 
-    def _enqueue(self, request: Request) -> None:
-        request.move(State.QUEUED)
-        self._queued += 1
-
     def _pump(self) -> None:
         """Move queued requests into slots for as long as there is room."""
-        while self._queue:
-            request = self._queue[0]
-            if request.state is State.QUEUED:
-                if not self._place(request):
-                    return
-                self._queued -= 1
-            self._queue.popleft()
+        while (request := self._queue.next()) is not None and self._place(request):
+            self._queue.remove_next(request)
 
     def _take_back(self, request: Request) -> bool:
         """Keep a request from running; False when a worker has it."""
@@ -296,19 +294,14 @@ class Dispatcher:
         self._in_flight -= 1
         request.end()
         if was_queued:
-            self._queued -= 1
-            request.call.inputs = []  # it stays in the queue until the pump meets it, its data not
-            if len(self._queue) > 2 * self._queued + SPARSE_QUEUE:
-                self._queue = deque(r for r in self._queue if r.state is State.QUEUED)
+            self._queue.ended(request)
         if error is not None:
             request.on_error(error)
 
     # Finishing
 
     def _finish(self, lane: Lane, slot: Slot, phase: int) -> None:
-        placements = lane.outputs(slot) if phase == ring.DONE else None
-        if placements is not None:
-            self._answer(lane, slot, placements)
+        if phase == ring.DONE and self._answer(lane, slot):
             self._placement.release(slot)
         elif len(slot.requests) > 1:
             self._split(lane, slot)
@@ -318,22 +311,37 @@ class Dispatcher:
             )
             self._fail_alone(slot, f"the model failed on this request: {text}")
 
-    def _answer(self, lane: Lane, slot: Slot, placements: list[geometry.Placement]) -> None:
-        started_ns, finished_ns = lane.producer.times(slot.index)
-        compute_ns = max(0, finished_ns - started_ns)
-        self.metrics.batch(slot.rows, compute_ns)
-        for request in slot.requests:
-            if request.state is not State.PLACED:
-                continue  # cancelled while it ran
-            self._end(request)
-            timing = Timing(max(0, started_ns - request.arrived_ns), compute_ns)
-            try:
-                request.on_answer(lane.views(slot, placements, request), timing)
-            except GatewayError as error:
-                request.on_error(error)
-            except Exception:
-                log.exception("an answer could not be encoded")
-                request.on_error(GatewayError("the answer could not be encoded"))
+    def _answer(self, lane: Lane, slot: Slot) -> bool:
+        """Answer a DONE slot's requests; False where its worker's description makes no sense."""
+        with ExitStack() as stack:
+            data = None
+            if lane.is_spilled(slot):
+                channel = self._workers.get(lane.producer.owner(slot.index))
+                spill = self._spills.take(channel, lane.number, slot.index)
+                if spill is None:
+                    return False
+                data = stack.enter_context(viewed(spill))
+            outputs = lane.outputs(slot, data)
+            if outputs is None:
+                return False
+            started_ns, finished_ns = lane.producer.times(slot.index)
+            compute_ns = max(0, finished_ns - started_ns)
+            self.metrics.batch(slot.rows, compute_ns)
+            for request in slot.requests:
+                if request.state is State.PLACED:  # not cancelled while it ran
+                    timing = Timing(max(0, started_ns - request.arrived_ns), compute_ns)
+                    self._tell(request, lane, outputs, timing)
+        return True
+
+    def _tell(self, request: Request, lane: Lane, outputs: Outputs, timing: Timing) -> None:
+        self._end(request)
+        try:
+            request.on_answer(lane.views(outputs, request), timing)
+        except GatewayError as error:
+            request.on_error(error)
+        except Exception:
+            log.exception("an answer could not be encoded")
+            request.on_error(GatewayError("the answer could not be encoded"))
 
     def _fail_alone(self, slot: Slot, text: str) -> None:
         """End the one request of a slot that is done with."""
@@ -391,7 +399,6 @@ class Dispatcher:
         for request in live:
             lane.copy_out(slot, request)
             request.solo = True
-            self._enqueue(request)
         self._placement.release(slot)
-        self._queue.extendleft(reversed(live))
+        self._queue.put_first(live)
         self._pump()

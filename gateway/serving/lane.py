@@ -10,13 +10,23 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from mmap import mmap
+from typing import NamedTuple
 
-from gateway._kernels import decode, pack, ring
-from gateway.errors import InvalidRequest
+from gateway import bytestrings
+from gateway._kernels import pack, ring
 from gateway.protocols.call import InferCall, InputTensor, OutputTensor
-from gateway.serving import geometry, memory
+from gateway.serving import descriptors, geometry, memory
+from gateway.serving.packing import materialise, raw, string_bytes, write_tensor
+from gateway.serving.padding import Padder
 from gateway.serving.request import Request, Slot, State
-from gateway.tensors import Signature
+from gateway.tensors import Signature, element_count
+
+
+class Outputs(NamedTuple):
+    """A DONE slot's outputs: where each lies in ``data``, which views shared memory."""
+
+    placements: tuple[geometry.Placement, ...]
+    data: memoryview
 
 
 class Lane:
@@ -55,6 +65,7 @@ class Lane:
             self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             undo.pop_all()  # all there: from now on `close` gives them back
         self.producer = ring.Producer(self._control, spec.slot_count, spec.dims_per_slot, board)
+        self._padder = Padder(signature)
         self.slots = [Slot(number, i) for i in range(spec.slot_count)]
         # Last-in first-out: a small working set stays in cache, and in the workers' binding caches.
         self._free = list(reversed(self.slots))
@@ -75,17 +86,17 @@ class Lane:
     def open(self, request: Request) -> Slot:
         """Put the request into a free slot. InvalidRequest: its data do not decode."""
         slot, key = self._free[-1], request.key
-        self._write(slot.index, 0, request.call, key.shape)
+        slot.key = key
+        self._write(slot, request.call)
         self.producer.open(
             slot.index,
             request.rows,
             request.arrived_ns,
             key.id,
             key.shape.capacity,
-            tuple(dim for inner in key.shape.dims for dim in inner),
+            geometry.flatten(self.signature, key.shape),
         )
         self._free.pop()
-        slot.key = key
         self._enter(slot, request)
         return slot
 
@@ -97,7 +108,7 @@ class Lane:
         """
         if self.producer.phase(slot.index) != ring.OPEN:
             return False
-        self._write(slot.index, slot.rows, request.call, slot.key.shape)
+        self._write(slot, request.call)
         if not self.producer.append(slot.index, request.rows):
             return False
         self._enter(slot, request)
@@ -110,7 +121,7 @@ class Lane:
         tail = slot.rows - request.start - request.rows
         if tail:
             base = slot.index * self.spec.input_slot_bytes
-            for p in slot.key.shape.inputs:
+            for p in slot.key.shape.inputs:  # each has rows: the others take no mates
                 at = base + p.offset + request.start * p.row_bytes
                 pack.move(self._inputs, at, at + request.rows * p.row_bytes, tail * p.row_bytes)
         slot.requests.remove(request)
@@ -147,39 +158,55 @@ class Lane:
             ):
                 yield slot, phase
 
-    def outputs(self, slot: Slot) -> list[geometry.Placement] | None:
-        """Where a DONE slot's outputs lie; None where its worker described nonsense."""
-        if slot.key.shape.outputs is not None:
-            return list(slot.key.shape.outputs)
-        return geometry.read_descriptors(self._output_region(slot), self.signature, slot.rows)
+    def is_spilled(self, slot: Slot) -> bool:
+        """Whether a DONE slot's outputs did not fit it, and lie in a memfd of their own."""
+        is_described = slot.key.shape.outputs is None
+        return is_described and descriptors.is_spilled(self._output_region(slot))
 
-    def views(
-        self, slot: Slot, placements: list[geometry.Placement], request: Request
-    ) -> list[OutputTensor]:
-        """The request's own rows of a DONE slot's outputs, as views of shared memory."""
+    def outputs(self, slot: Slot, spill: memoryview | None = None) -> Outputs | None:
+        """Where a DONE slot's outputs lie; None where its worker described nonsense.
+
+        Args:
+            slot: DONE.
+            spill: what they lie in if not in the slot.
+        """
         region = self._output_region(slot)
+        if slot.key.shape.outputs is not None:
+            return Outputs(slot.key.shape.outputs, region)
+        data = region if spill is None else spill
+        placements = descriptors.read_descriptors(region, data, self.signature, slot.rows)
+        return None if placements is None else Outputs(placements, data)
+
+    def views(self, outputs: Outputs, request: Request) -> list[OutputTensor]:
+        """The request's own rows of a slot's outputs: views, or copies where padding is cut off."""
         tensors = []
-        for p in placements:
-            at = p.offset + request.start * p.row_bytes
-            data = region[at : at + request.rows * p.row_bytes]
-            tensors.append(
-                OutputTensor(p.spec.name, p.spec.datatype, (request.rows, *p.inner), data)
-            )
+        for p in outputs.placements:
+            begin, end = p.span(request.start, request.rows)
+            data, dims = outputs.data[begin:end], p.dims(request.rows)
+            if request.lengths and p.spec.datatype.numpy is not None:
+                data, dims = self._padder.cut(data, dims, p, request.lengths)
+            tensors.append(OutputTensor(p.spec.name, p.spec.datatype, dims, data))
         return tensors
 
     def error(self, slot: Slot) -> str:
         """What the worker of a FAILED slot said."""
-        return geometry.read_error(self._output_region(slot))
+        return descriptors.read_error(self._output_region(slot))
 
     def copy_out(self, slot: Slot, request: Request) -> None:
-        """Give a placed request its data back as private bytes, so that it can be placed again."""
+        """Give a placed request its data back as private bytes, so that it can be placed again.
+
+        They are as they were written: padded ones stay so.
+        """
         base = slot.index * self.spec.input_slot_bytes
         copies = []
-        with memoryview(self._inputs) as inputs:
+        with memoryview(self._inputs)[base : base + self.spec.input_slot_bytes] as inputs:
             for p in slot.key.shape.inputs:
-                at = base + p.offset + request.start * p.row_bytes
-                data = bytes(inputs[at : at + request.rows * p.row_bytes])
-                dims = (request.rows, *p.inner)
+                begin, end = p.span(request.start, request.rows if p.has_rows else 1)
+                data = bytes(inputs[begin:end])
+                if p.spec.datatype.numpy is None:
+                    rows = geometry.STRINGS.iter_unpack(data)
+                    data = b"".join(bytes(inputs[at : at + size]) for at, size in rows)
+                dims = p.dims(request.rows)
                 copies.append(InputTensor(p.spec.name, p.spec.datatype, dims, memoryview(data)))
         request.call.inputs = copies
         request.slot = None
@@ -202,12 +229,35 @@ class Lane:
         start = slot.index * self.spec.output_slot_bytes
         return memoryview(self._outputs)[start : start + self.spec.output_slot_bytes]
 
-    def _write(self, index: int, row: int, call: InferCall, shape: geometry.Shape) -> None:
-        """Write a call's rows where no worker looks yet."""
-        base = index * self.spec.input_slot_bytes
+    def _write(self, slot: Slot, call: InferCall) -> None:
+        """Write a call's rows behind those of the slot, where no worker looks yet."""
+        base = slot.index * self.spec.input_slot_bytes
         tensors = {tensor.name: tensor for tensor in call.inputs}
-        for p in shape.inputs:
-            write_tensor(self._inputs, base + p.offset + row * p.row_bytes, tensors[p.spec.name])
+        strings_at = slot.key.shape.input_bytes + slot.string_bytes
+        for p in slot.key.shape.inputs:
+            tensor = tensors[p.spec.name]
+            at = base + p.offset + slot.rows * p.row_bytes
+            if p.spec.datatype.numpy is None:
+                strings_at = self._write_strings(at, base, strings_at, tensor, p)
+            elif tensor.shape == p.dims(call.rows):
+                write_tensor(self._inputs, at, tensor)
+            else:
+                materialise(tensor)
+                self._padder.write(self._inputs, at, tensor, p)
+
+    def _write_strings(
+        self, at: int, base: int, strings_at: int, tensor: InputTensor, p: geometry.Placement
+    ) -> int:
+        """Write strings into the slot's heap and the records of their rows; where the heap goes on."""
+        data = raw(tensor)
+        pack.copy_in(self._inputs, base + strings_at, data)
+        begin = 0
+        for row in range(tensor.shape[0] if p.has_rows else 1):
+            end = bytestrings.skip(data, element_count(p.inner), begin)
+            record = at + row * geometry.STRINGS.size
+            geometry.STRINGS.pack_into(self._inputs, record, strings_at + begin, end - begin)
+            begin = end
+        return strings_at + len(data)
 
     def _enter(self, slot: Slot, request: Request) -> None:
         request.slot = slot
@@ -215,34 +265,9 @@ class Lane:
         request.move(State.PLACED)
         slot.requests.append(request)
         slot.rows += request.rows
+        if slot.key.string_bytes:
+            slot.string_bytes += string_bytes(request.call)
 
     def _give_back(self, slot: Slot) -> None:
         slot.clear()
         self._free.append(slot)
-
-
-def write_tensor(buffer: mmap | bytearray, at: int, tensor: InputTensor) -> None:
-    """Write a tensor's elements row-major at a byte offset.
-
-    Raises:
-        InvalidRequest: a list that does not decode; names the input, quotes no value.
-    """
-    if isinstance(tensor.data, memoryview):
-        pack.copy_in(buffer, at, tensor.data)
-        return
-    try:
-        decode.fill(buffer, at, tensor.datatype.index, tensor.shape, tensor.data, tensor.strict)
-    except ValueError as error:
-        raise InvalidRequest(f"input '{tensor.name}': {error}") from None
-
-
-def materialise(call: InferCall) -> None:
-    """Decode a call's lists into private bytes: a request that has to queue is validated first."""
-    for tensor in call.inputs:
-        if not isinstance(tensor.data, memoryview):
-            nbytes = tensor.datatype.itemsize
-            for dim in tensor.shape:
-                nbytes *= dim
-            private = bytearray(nbytes)
-            write_tensor(private, 0, tensor)
-            tensor.data = memoryview(private)

@@ -11,6 +11,7 @@ class FrontendOptions:
     """See `gateway.settings.ServerSettings` for what each one bounds."""
 
     strict_readiness: bool
+    model_control: bool
     orphan_grace_s: float
     drain_pause_s: float
     drain_timeout_s: float

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from mmap import mmap
+from types import MappingProxyType
 
 from gateway.errors import TooLarge, Unavailable
+from gateway.protocols.call import InferCall
 from gateway.serving import geometry
 from gateway.serving.lane import Lane
+from gateway.serving.packing import string_bytes
+from gateway.serving.padding import Padder
 from gateway.serving.request import Request, ShapeKey, Slot
 from gateway.tensors import Signature
 
 MAX_SHAPES = 4096
 """Shapes that are remembered before numbering begins anew; clients choose them."""
+
+_NO_LENGTHS: Mapping[str, int] = MappingProxyType({})
 
 
 class Placement:
@@ -37,25 +43,50 @@ class Placement:
         self._lane_bytes = lane_bytes
         self._board = board
         self._on_lane = on_lane
-        self._keys: dict[geometry.Dims, ShapeKey] = {}
+        self._padder = Padder(signature) if signature.padding else None
+        self._inputs = [
+            (spec.name, int(geometry.has_rows(signature, spec))) for spec in signature.inputs
+        ]
+        self._has_strings = any(spec.datatype.numpy is None for spec in signature.inputs)
+        self._keys: dict[tuple[geometry.Dims, int], ShapeKey] = {}
         self._next_shape_id = 0
         self._cursors: dict[int, Slot] = {}  # by shape id: the open slot to append to
         self._complete: set[Slot] = set()  # unsealed as far as known, and nothing more joins
 
-    def key(self, dims: geometry.Dims) -> ShapeKey:
-        """The shape with these inner dims of each input; makes its lane on first use.
+    def fit(self, call: InferCall) -> tuple[ShapeKey, Mapping[str, int]]:
+        """The shape of a call, after padding; makes its lane on first use.
+
+        Returns:
+            It, and the lengths that padding changes, by symbol.
 
         Raises:
-            TooLarge: not even one row fits the budget of a lane.
+            TooLarge: its rows do not fit the budget of a lane.
             Unavailable: there is no memory for another lane now.
         """
-        return self._keys.get(dims) or self._learn(dims)
+        shapes = {tensor.name: tensor.shape for tensor in call.inputs}
+        dims: geometry.Dims = tuple(
+            shapes[name][skip:] if name in shapes else None for name, skip in self._inputs
+        )
+        lengths: Mapping[str, int] = _NO_LENGTHS
+        if self._padder is not None:
+            dims, lengths = self._padder.raise_dims(dims)
+        row_strings = 0
+        if self._has_strings:
+            longest = -(-string_bytes(call) // call.rows)
+            row_strings = geometry.size_class(longest, geometry.SMALLEST_STRINGS_BYTES)
+        key = self._keys.get((dims, row_strings)) or self._learn(dims, row_strings)
+        if call.rows > key.shape.capacity:
+            raise TooLarge(
+                f"lane_bytes ({self._lane_bytes}) holds {key.shape.capacity} rows of this shape, "
+                f"the request has {call.rows}"
+            )
+        return key, lengths
 
     def place(self, request: Request, max_complete: int) -> bool:
         """Put the request into a slot and wake a worker; False when it has to wait.
 
         Args:
-            request: of a shape that `key` made.
+            request: of a shape that `fit` found.
             max_complete: complete slots that may lie ready for the workers.
 
         Raises:
@@ -66,6 +97,8 @@ class Placement:
         cursor = self._cursors.get(key.id)
         if cursor is not None and not request.solo:
             fits = cursor.rows + request.rows <= key.shape.capacity
+            if fits and key.string_bytes:
+                fits = cursor.string_bytes + string_bytes(request.call) <= key.string_bytes
             if fits and lane.append(cursor, request):
                 lane.producer.wake()
                 return True
@@ -123,21 +156,25 @@ class Placement:
             lane.close()
         self.lanes.clear()
 
-    def _learn(self, dims: geometry.Dims) -> ShapeKey:
+    def _learn(self, dims: geometry.Dims, row_strings: int) -> ShapeKey:
         if len(self._keys) >= MAX_SHAPES:
             self._keys.clear()  # ids go on: a worker never sees one with two meanings
-        capacity = geometry.capacity_of(self._signature, dims, self._lane_bytes)
-        if capacity == 0:
+        signature = self._signature
+        shape = geometry.slot_shape(signature, dims, row_strings, self._lane_bytes)
+        if shape is None:
             raise TooLarge(
                 f"one row of this shape does not fit lane_bytes ({self._lane_bytes}), "
                 f"as inputs or as outputs"
             )
-        shape = geometry.shape_of(self._signature, dims, capacity)
-        spec = geometry.lane_spec(self._signature, shape, self._lane_bytes)
+        spec = geometry.lane_spec(signature, shape, row_strings, self._lane_bytes)
         lane = next((lane for lane in self.lanes if lane.spec == spec), None)
         if lane is None:
             lane = self._make_lane(spec)
-        key = self._keys[dims] = ShapeKey(self._next_shape_id, shape, lane.number)
+        # An optional input is there once in a batch, so it can be of one request only.
+        takes_mates = signature.is_batched and all(p.has_rows for p in shape.inputs)
+        key = self._keys[dims, row_strings] = ShapeKey(
+            self._next_shape_id, shape, row_strings * shape.capacity, lane.number, takes_mates
+        )
         self._next_shape_id += 1
         return key
 

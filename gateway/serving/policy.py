@@ -5,6 +5,7 @@ A worker that holds a batch back is idle, so holding is only ever right when a s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -29,3 +30,26 @@ def hold_until(offer: Offer, now_ns: int, max_queue_delay_ns: int) -> int | None
     """
     due_ns = offer.oldest_ns + max_queue_delay_ns
     return None if offer.is_complete or due_ns <= now_ns else due_ns
+
+
+RISE_NS = 1_000_000_000
+"""Time in the queue after which a request counts as one level higher: low levels do not starve."""
+
+
+def next_level(heads_ns: Sequence[int | None], now_ns: int) -> int:
+    """Whose turn it is among the oldest requests of each level.
+
+    Args:
+        heads_ns: by level, the highest first: monotonic arrival of its oldest request; None: it has
+            none. Not all of them are None.
+        now_ns: monotonic.
+
+    Returns:
+        The level; of those that waiting has made equal, the one whose request is older.
+    """
+    ranks = [
+        (level - (now_ns - arrived_ns) // RISE_NS, arrived_ns, level)
+        for level, arrived_ns in enumerate(heads_ns)
+        if arrived_ns is not None
+    ]
+    return min(ranks)[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -38,14 +38,24 @@ class Timing:
 
 
 class ShapeKey(NamedTuple):
-    """A shape, its number, by which workers cache, and the number of the lane for it."""
+    """What requests that may share a slot have in common.
+
+    Attributes:
+        id: its number, by which workers cache.
+        shape: the layout of the slot.
+        string_bytes: heap for strings behind the inputs, in each slot.
+        lane: number of the lane for it.
+        takes_mates: several requests may share a slot.
+    """
 
     id: int
-    shape: geometry.Shape
+    shape: geometry.SlotShape
+    string_bytes: int
     lane: int
+    takes_mates: bool
 
 
-NO_SHAPE = ShapeKey(-1, geometry.Shape((), 0, (), 0, (), 0), -1)
+NO_SHAPE = ShapeKey(-1, geometry.SlotShape((), 0, (), 0, (), 0), 0, -1, True)
 
 
 class Timer(Protocol):
@@ -68,6 +78,8 @@ class Request:
     Args:
         call: validated against the signature; its lists are replaced by bytes when it has to queue.
         key: the shape of its rows.
+        lengths: by symbolic dim, the length before it was padded.
+        level: its place in the queue's order, 0 the highest.
         arrived_ns: monotonic.
         deadline_ns: monotonic end of its time in the queue, 0 for none.
     """
@@ -78,6 +90,8 @@ class Request:
         "call",
         "deadline_ns",
         "key",
+        "lengths",
+        "level",
         "on_answer",
         "on_error",
         "rows",
@@ -92,6 +106,8 @@ class Request:
         self,
         call: InferCall,
         key: ShapeKey,
+        lengths: Mapping[str, int],
+        level: int,
         arrived_ns: int,
         deadline_ns: int,
         on_answer: OnAnswer,
@@ -99,6 +115,8 @@ class Request:
     ) -> None:
         self.call = call
         self.key = key
+        self.lengths = lengths
+        self.level = level
         self.rows = call.rows
         self.arrived_ns = arrived_ns
         self.deadline_ns = deadline_ns
@@ -108,7 +126,7 @@ class Request:
         self.slot: Slot | None = None
         self.timer: Timer | None = None
         self.start = 0  # first row within the slot
-        self.solo = False  # takes no mates: it was in a batch that failed
+        self.solo = not key.takes_mates  # also once it was in a batch that failed
         self.blame = 0  # workers that died of running it alone
 
     def move(self, state: State) -> None:
@@ -140,6 +158,7 @@ class Slot:
         "last_owner",
         "requests",
         "rows",
+        "string_bytes",
     )
 
     def __init__(self, lane: int, index: int) -> None:
@@ -147,6 +166,7 @@ class Slot:
         self.index = index
         self.requests: list[Request] = []
         self.rows = 0
+        self.string_bytes = 0  # of the heap that are taken, by requests that left as well
         self.key = NO_SHAPE
         self.deaths = 0  # workers that died holding these rows
         self.last_owner = 0  # the last of them
@@ -155,6 +175,6 @@ class Slot:
     def clear(self) -> None:
         """Forget the requests."""
         self.requests = []
-        self.rows = 0
+        self.rows = self.string_bytes = 0
         self.deaths = self.last_owner = 0
         self.awaits_judgement = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,8 @@ class VersionState(enum.Enum):
     WARMING = "WARMING"
     READY = "READY"
     FAILED = "FAILED"
+    UNLOADING = "UNLOADING"  # what it has in flight is finished, and nothing new is taken
+    UNLOADED = "UNLOADED"
 
 
 @dataclass(slots=True)
@@ -55,18 +57,40 @@ class Version:
     def ready(self) -> tuple[Signature, Dispatcher]:
         """What serves it. Unavailable when it is not READY."""
         if self.state is not VersionState.READY or not self.signature or not self.dispatcher:
-            raise Unavailable(
-                f"model '{self.model}' version {self.number} is {self.state.value.lower()}"
-            )
+            raise self.refusal()
         return self.signature, self.dispatcher
+
+    def refusal(self) -> Unavailable:
+        """What a request is told that the version cannot take in its state."""
+        return Unavailable(
+            f"model '{self.model}' version {self.number} is {self.state.value.lower()}"
+        )
+
+
+def checked_name(model: str) -> str:
+    """A model's name as it came. InvalidRequest for one outside its grammar."""
+    if not NAME.fullmatch(model):
+        raise InvalidRequest("a model's name must match [A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+    return model
 
 
 class RouteTable:
-    """Models by name, their versions by number, and the version that a plain request gets."""
+    """Models by name, their versions by number, and the version that a plain request gets.
+
+    ``is_started`` says whether every version of the server's start has loaded or failed.
+    """
 
     def __init__(self) -> None:
         self.models: dict[str, dict[int, Version]] = {}
         self.routes: dict[str, int] = {}
+        self.is_started = False
+
+    def forget(self, name: str, number: int) -> None:
+        """The version is unloaded, and its files are gone."""
+        versions = self.models.get(name, {})
+        versions.pop(number, None)
+        if not versions:
+            self.models.pop(name, None)
 
     def versions(self) -> Iterator[Version]:
         """Every version of every model."""
@@ -75,9 +99,7 @@ class RouteTable:
 
     def model(self, name: str) -> dict[int, Version]:
         """A model's versions. InvalidRequest for a name outside its grammar, NotFound."""
-        if not NAME.fullmatch(name):
-            raise InvalidRequest("a model's name must match [A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
-        versions = self.models.get(name)
+        versions = self.models.get(checked_name(name))
         if versions is None:
             raise NotFound(f"unknown model '{name}'")
         return versions
@@ -112,14 +134,21 @@ class RouteTable:
     def is_ready(self, strict: bool) -> bool:
         """Whether every route leads to a version that answers.
 
+        A model that is loaded or unloaded at run time does not count while it has no route: the others
+        are served meanwhile.
+
         Args:
             strict: a model with a failed version and none that is READY counts as unready, too.
         """
         if any(not self.models[name][number].is_ready for name, number in self.routes.items()):
             return False
-        for name, versions in self.models.items():
-            if name in self.routes:
-                continue
-            if strict or any(v.state is not VersionState.FAILED for v in versions.values()):
-                return False
-        return True
+        unrouted = (vs for name, vs in self.models.items() if name not in self.routes)
+        return not any(self._is_missed(versions.values(), strict) for versions in unrouted)
+
+    def _is_missed(self, versions: Iterable[Version], strict: bool) -> bool:
+        """Whether a model without a route makes the server unready."""
+        states = {version.state for version in versions}
+        if not self.is_started:
+            return strict or states != {VersionState.FAILED}
+        # READY beside FAILED: a route that stays on its version, which has failed.
+        return VersionState.FAILED in states and (strict or VersionState.READY in states)

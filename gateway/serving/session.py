@@ -1,4 +1,4 @@
-"""A loaded model: the only module of the serving side that imports onnxruntime.
+"""An ONNX Runtime session: the only module of the serving side that imports onnxruntime.
 
 Inputs are bound where the front end wrote them and outputs where it will read them, so nothing of fixed
 size is copied here on the CPU. A binding costs 17-19 µs to make and 4 µs to run again, so bindings are
@@ -7,55 +7,51 @@ kept, by slot, rows and shape; slots are reused last-in first-out, which keeps t
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # wheels since 1.29 report to their maker by default
 
 import onnxruntime as ort
 
 from gateway.errors import LoadError
-from gateway.serving.geometry import Dims, Shape
-from gateway.tensors import BY_ORT, MAX_RANK, Signature, TensorSpec
+from gateway.serving import graphcache, strings
+from gateway.serving.geometry import SlotShape
+from gateway.serving.onnxfile import ModelFacts
+from gateway.serving.plan import Device, Execution
+from gateway.tensors import BY_ORT, MAX_RANK, TensorSpec, element_count
 
-PROBE_SEED = 20
-"""Of the random rows that the split test compares."""
-
-PROBE_DIM = 4
-"""What the split test takes for a dim that varies; where the model refuses it, nothing is learned."""
-
-DEFAULT_MAX_BATCH_SIZE = 64
-"""Rows a batch where the graph allows batching and no setting says otherwise."""
+Array = npt.NDArray[Any]
+"""A tensor: raw numbers (BF16 as its 16 bits), or an object array of bytes for strings."""
 
 LOG_FATAL_ONLY = 4
 """What fails is raised as well; ONNX Runtime's own log would quote clients' values."""
 
+MAX_OPTIONAL_INPUTS = 16
+"""Inputs with defaults that clients may send. Old exporters list every weight as such an input."""
+
+_STRING = 8
+_BF16 = 16
+"""ONNX's numbers of the types that NumPy lacks."""
+
+_LEVELS = {
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+}
+
 _ORT_TEXT = re.compile(r"\[ONNXRuntimeError\] : \d+ : (\w+)")
 _ORT_NODE = re.compile(r"while running (\w+) node")
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """Where a model runs: ``cpu``, or ``cuda`` and an ordinal."""
-
-    kind: str
-    ordinal: int
-
-    @classmethod
-    def parse(cls, text: str) -> Device:
-        """From the setting's ``cpu`` or ``cuda:N``."""
-        kind, _, ordinal = text.partition(":")
-        return cls(kind, int(ordinal or 0))
-
-    @property
-    def provider(self) -> str:
-        """The name of ONNX Runtime's execution provider."""
-        return "CUDAExecutionProvider" if self.kind == "cuda" else "CPUExecutionProvider"
 
 
 class RunError(Exception):
@@ -76,32 +72,35 @@ class RunError(Exception):
 
 
 class ModelSession:
-    """An ONNX Runtime session and the model's signature.
+    """A model in ONNX Runtime. What it is served as is decided by the loader, not here.
 
     Args:
         path: the .onnx file.
-        device: where to run; must really be available.
-        threads: intra-op threads.
-        max_batch_size: rows a batch, or None to decide from the graph.
+        facts: what it says of itself.
+        execution: how to run it; the device must really be available.
 
     Raises:
-        LoadError: the file, the device or the signature cannot be served; says why.
+        LoadError: the file, the device or a tensor's type cannot be served; says why.
     """
 
-    def __init__(
-        self, path: Path, device: Device, threads: int, max_batch_size: int | None
-    ) -> None:
+    def __init__(self, path: Path, facts: ModelFacts, execution: Execution) -> None:
         ort.disable_telemetry_events()
-        self._session = _open(path, device, threads)
-        self.signature = _signature(self._session, max_batch_size)
-        self._decided_by_graph = max_batch_size is None
+        self._session = _open(path, facts, execution)
+        self.inputs = tuple(_spec("input", arg, facts) for arg in self._session.get_inputs())
+        self.outputs = tuple(_spec("output", arg, facts) for arg in self._session.get_outputs())
+        defaults = self._session.get_overridable_initializers()
+        self.hidden_inputs = len(defaults) if len(defaults) > MAX_OPTIONAL_INPUTS else 0
+        if not self.hidden_inputs:
+            self.inputs += tuple(_spec("input", arg, facts, optional=True) for arg in defaults)
+        self._specs = {spec.name: spec for spec in self.inputs}
+        self._output_names = [spec.name for spec in self.outputs]
         self._run_options = ort.RunOptions()
         self._run_options.log_severity_level = LOG_FATAL_ONLY
         # What an unset key means; ONNX Runtime 1.32's wrapper looks it up at each run, and finding it
         # unset costs a C++ exception: 40 µs.
         self._run_options.add_run_config_entry("gpu_graph_id", "0")
 
-    def bind(self, shape: Shape, rows: int, inputs_at: int, outputs_at: int) -> ort.IOBinding:
+    def bind(self, shape: SlotShape, rows: int, inputs_at: int, outputs_at: int) -> ort.IOBinding:
         """Bind a slot's regions, given by address, for batches of `rows` rows.
 
         The binding points into mapped memory: it must be dropped before the lane is unmapped. Where
@@ -110,17 +109,20 @@ class ModelSession:
         binding = self._session.io_binding()
         for p in shape.inputs:
             binding.bind_input(
-                p.spec.name, "cpu", 0, _element(p.spec), [rows, *p.inner], inputs_at + p.offset
+                p.spec.name, "cpu", 0, _element(p.spec), p.dims(rows), inputs_at + p.offset
             )
         if shape.outputs is None:
-            for spec in self.signature.outputs:
-                binding.bind_output(spec.name, "cpu")
+            self._bind_no_output(binding)
         else:
             for p in shape.outputs:
                 binding.bind_output(
-                    p.spec.name, "cpu", 0, _element(p.spec), [rows, *p.inner], outputs_at + p.offset
+                    p.spec.name, "cpu", 0, _element(p.spec), p.dims(rows), outputs_at + p.offset
                 )
         return binding
+
+    def _bind_no_output(self, binding: ort.IOBinding) -> None:
+        for name in self._output_names:
+            binding.bind_output(name, "cpu")
 
     def run(self, binding: ort.IOBinding) -> None:
         """Run a bound batch. Raises RunError when the model fails on it."""
@@ -129,170 +131,232 @@ class ModelSession:
         except Exception as error:  # ONNX Runtime raises classes of its own from C++
             raise RunError.from_runtime(error) from None
 
-    def unbound_outputs(self, binding: ort.IOBinding) -> list[np.ndarray[Any, Any]]:
+    def unbound_outputs(self, binding: ort.IOBinding) -> list[Array]:
         """The outputs of a run that were left to ONNX Runtime, in the signature's order.
 
-        It keeps them in the binding and would insist on the same shapes in a next run: such a binding
-        is used once.
+        An output that is an input as well shows the input's memory: use them while that and the binding
+        are there. The binding is used once: it would insist on the same shapes in a next run.
         """
-        return [np.ascontiguousarray(value.numpy()) for value in binding.get_outputs()]
-
-    def warm_up(self) -> bool:
-        """Run zeros at one row and at the most rows; False where a variable dim leaves no shape to try.
-
-        Raises:
-            LoadError: the model fails on them.
-        """
-        if self._inner_dims() is None:
-            return False
-        for rows in sorted({1, self.signature.max_batch_size}):
-            zeros = [
-                np.zeros([rows, *inner], spec.datatype.dtype)
-                for spec, inner in zip(self.signature.inputs, self._inner_dims() or (), strict=True)
-            ]
-            try:
-                self._run_arrays(zeros)
-            except RunError as error:
-                raise LoadError(
-                    f"the warm-up with {rows} rows of zeros failed: {error.public}", str(error)
-                ) from None
-        return True
-
-    def check_rows_are_independent(self) -> None:
-        """Hold rows run together against the same rows run alone, unless a setting said they batch.
-
-        A dim that varies by name looks like a batch in many graphs that mix rows (a sequence, a mean
-        over the first dim). Requests of different clients must not be batched then.
-
-        Raises:
-            LoadError: the rows' answers depend on their mates.
-        """
-        if not self._decided_by_graph:
-            return
-        dims = [
-            [d if isinstance(d, int) else PROBE_DIM for d in spec.shape[1:]]
-            for spec in self.signature.inputs
+        return [
+            _copy(value, spec)
+            for value, spec in zip(binding.get_outputs(), self.outputs, strict=True)
         ]
-        rng = np.random.default_rng(PROBE_SEED)
-        together = [
-            _sample(rng, [2, *inner], spec)
-            for spec, inner in zip(self.signature.inputs, dims, strict=True)
-        ]
-        try:
-            both = self._run_arrays(together)
-            alone = [self._run_arrays([a[i : i + 1].copy() for a in together]) for i in (0, 1)]
-        except RunError:
-            return  # the sample is outside the model's domain: it says nothing
-        for output, first, second in zip(both, *alone, strict=True):
-            joined = np.concatenate([first, second])
-            if joined.shape != output.shape or not np.allclose(
-                joined, output, rtol=1e-2, atol=1e-3, equal_nan=True
-            ):
-                raise LoadError(
-                    "its rows' answers depend on the other rows of a batch, so they cannot be "
-                    "batched; if that is acceptable, set max_batch_size in its config.yaml"
-                )
 
-    def _inner_dims(self) -> Dims | None:
-        """The inputs' dims without the batch, None where one varies."""
-        dims = tuple(tuple(spec.wire_shape[1:]) for spec in self.signature.inputs)
-        return None if any(d < 0 for inner in dims for d in inner) else dims
-
-    def _run_arrays(self, arrays: list[np.ndarray[Any, Any]]) -> list[np.ndarray[Any, Any]]:
-        """Run on arrays by way of a binding, which takes every datatype (``run`` takes no BF16)."""
+    def run_arrays(self, arrays: Mapping[str, Array]) -> list[Array]:
+        """Run on arrays, by input name; optional ones may lack. Raises RunError."""
+        texts = {name: array for name, array in arrays.items() if array.dtype == object}
+        if texts and all(spec.datatype.onnx != _BF16 for spec in self.outputs):
+            # Text that is not UTF-8, on either side, takes the long way.
+            with suppress(UnicodeDecodeError):
+                return _copies(self._run_text(arrays, texts))
         binding = self._session.io_binding()
-        for spec, array in zip(self.signature.inputs, arrays, strict=True):
-            binding.bind_input(
-                spec.name, "cpu", 0, _element(spec), list(array.shape), array.ctypes.data
-            )
-        for spec in self.signature.outputs:
-            binding.bind_output(spec.name, "cpu")
+        for name, array in arrays.items():
+            if name in texts:
+                binding.bind_ortvalue_input(name, _native(array))
+            else:
+                dims, at = list(array.shape), array.ctypes.data
+                binding.bind_input(name, "cpu", 0, _element(self._specs[name]), dims, at)
+        self._bind_no_output(binding)
         self.run(binding)
-        if any(spec.datatype.name == "BF16" for spec in self.signature.outputs):
-            return []  # NumPy has no such type to show it in
-        return self.unbound_outputs(binding)
+        return _copies(self.unbound_outputs(binding))
+
+    def _run_text(self, arrays: Mapping[str, Array], texts: Mapping[str, Array]) -> list[Array]:
+        """Run by copies, which is the only way that takes text. UnicodeDecodeError: not UTF-8."""
+        feeds: dict[str, Any] = {}
+        for name, array in arrays.items():
+            if name in texts:
+                feeds[name] = strings.as_text(array)
+            elif self._specs[name].datatype.onnx == _BF16:
+                feeds[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, _BF16)
+            else:
+                feeds[name] = array
+        try:
+            outputs = self._session.run(self._output_names, feeds, self._run_options)
+        except UnicodeDecodeError:
+            raise
+        except Exception as error:  # ONNX Runtime raises classes of its own from C++
+            raise RunError.from_runtime(error) from None
+        return [strings.as_bytes(np.asarray(o)) if o.dtype == object else o for o in outputs]
 
 
-def _sample(rng: np.random.Generator, shape: list[int], spec: TensorSpec) -> np.ndarray[Any, Any]:
-    """Small random values that most models accept: 0 or 1 where they are whole numbers."""
-    if spec.datatype.dtype.kind == "f":
-        return rng.standard_normal(shape).astype(spec.datatype.dtype)
-    return rng.integers(0, 2, shape).astype(spec.datatype.dtype)
+def _copies(arrays: list[Array]) -> list[Array]:
+    """Arrays that show no memory of the inputs."""
+    return [array.copy() for array in arrays]
 
 
-def _open(path: Path, device: Device, threads: int) -> ort.InferenceSession:
+def _native(array: Array) -> ort.OrtValue:
+    """Strings of any bytes as ONNX Runtime's own tensor: the constant of a graph."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.inter_op_num_threads = 1
     options.log_severity_level = LOG_FATAL_ONLY
-    # An idle server sleeps: spinning pool threads would burn a core between batches.
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    providers: list[Any] = ["CPUExecutionProvider"]
-    if device.kind == "cuda":
-        if hasattr(ort, "preload_dlls"):
-            ort.preload_dlls()
-        providers.insert(0, (device.provider, {"device_id": str(device.ordinal)}))
+    options.intra_op_num_threads = 1
+    try:
+        session = ort.InferenceSession(
+            strings.constant_graph(array), options, ["CPUExecutionProvider"]
+        )
+        binding = session.io_binding()
+        binding.bind_output("s", "cpu")
+        session.run_with_iobinding(binding)
+    except Exception as error:  # ONNX Runtime raises classes of its own from C++
+        raise RunError.from_runtime(error) from None
+    return binding.get_outputs()[0]
+
+
+@functools.cache
+def _native_is_readable() -> bool:
+    """Whether ONNX Runtime's strings lie in memory as `strings.read_native` takes them to."""
+    known = strings.as_array([b"\xff", b"\0" * 100, b""], (3,))
+    value = _native(known)
+    return np.array_equal(strings.read_native(value.data_ptr(), (3,)), known)
+
+
+def _copy(value: ort.OrtValue, spec: TensorSpec) -> Array:
+    """An output of ONNX Runtime's as an array of ours."""
+    dims = tuple(value.shape())
+    if spec.datatype.onnx == _STRING:
+        try:
+            return strings.as_bytes(value.numpy())
+        except UnicodeDecodeError:
+            if not _native_is_readable():
+                text = "strings that are not UTF-8 cannot be read from this build of ONNX Runtime"
+                raise RunError(text, text) from None
+            return strings.read_native(value.data_ptr(), dims)
+    if spec.datatype.onnx == _BF16:
+        nbytes = element_count(dims) * spec.datatype.itemsize
+        raw = ctypes.string_at(value.data_ptr(), nbytes) if nbytes else b""
+        return np.frombuffer(raw, spec.datatype.dtype).reshape(dims)
+    return np.ascontiguousarray(value.numpy()).reshape(dims)
+
+
+def _open(path: Path, facts: ModelFacts, execution: Execution) -> ort.InferenceSession:
+    device = Device(execution.device)
+    if hasattr(ort, "preload_dlls") and execution.device.startswith("cuda"):
+        ort.preload_dlls()
     if device.provider not in ort.get_available_providers():
         raise LoadError(
-            f"device {device.kind}:{device.ordinal} needs {device.provider}, which this ONNX Runtime "
-            f"does not have: install 'inference-gateway[gpu]' in place of [cpu]"
+            f"device {execution.device} needs {device.provider}, which this ONNX Runtime does not "
+            f"have: install a build that has it (for CUDA 'inference-gateway[gpu]' in place of [cpu])"
         )
+    session = _open_cached(path, facts, execution)
+    if device.provider not in session.get_providers():
+        # ONNX Runtime falls back to the CPU in silence.
+        raise LoadError(
+            f"device {execution.device}: {device.provider} did not load; are its driver and its "
+            f"libraries there?"
+        )
+    return session
+
+
+def _open_cached(path: Path, facts: ModelFacts, execution: Execution) -> ort.InferenceSession:
+    """Open the optimised graph of an earlier load, else the model, keeping its optimised graph."""
+    entry = None
+    if execution.cache_folder is not None and execution.graph_optimization != "disabled":
+        made_with = {"runtime": ort.__version__, **execution.shapes_graph()}
+        entry = graphcache.entry(Path(execution.cache_folder), path, facts, made_with)
+    if entry is None:
+        return _start(path, execution)
+    if entry.exists():
+        with suppress(LoadError):  # damaged: it is made again
+            return _start(entry, execution, is_optimized=True)
+    made = entry.with_suffix(f".{os.getpid()}")
     try:
-        session = ort.InferenceSession(str(path), options, providers=providers)
+        session = _start(path, execution, optimized=made)
+        graphcache.keep(made, entry)
+    except LoadError:
+        session = _start(path, execution)  # not every provider's graph can be written down
+    finally:
+        with suppress(OSError):
+            made.unlink(missing_ok=True)
+    return session
+
+
+def _start(
+    path: Path,
+    execution: Execution,
+    *,
+    is_optimized: bool = False,
+    optimized: Path | None = None,
+) -> ort.InferenceSession:
+    """Open a graph; write it, once optimised, to ``optimized``."""
+    device = Device(execution.device)
+    providers: list[Any] = [
+        (device.provider, device.own_options | dict(execution.provider_options))
+    ]
+    if device.provider != "CPUExecutionProvider":
+        providers.append("CPUExecutionProvider")
+    try:
+        options = _options(execution)
+        if is_optimized:
+            options.graph_optimization_level = _LEVELS["disabled"]
+        if optimized is not None:
+            options.optimized_model_filepath = os.fspath(optimized)
+        return ort.InferenceSession(os.fspath(path), options, providers=providers)
     except Exception as error:  # ONNX Runtime raises classes of its own from C++
         code = _ORT_TEXT.search(str(error))
         raise LoadError(
             f"ONNX Runtime refused the model ({code[1] if code else 'UNKNOWN'})",
             " ".join(str(error).split()),
         ) from None
-    if device.provider not in session.get_providers():
-        # ONNX Runtime falls back to the CPU in silence.
-        raise LoadError(
-            f"device {device.kind}:{device.ordinal}: {device.provider} did not load; are the driver "
-            f"and the CUDA libraries there?"
-        )
-    return session
 
 
-def _signature(session: ort.InferenceSession, max_batch_size: int | None) -> Signature:
-    inputs = tuple(_spec("input", arg) for arg in session.get_inputs())
-    outputs = tuple(_spec("output", arg) for arg in session.get_outputs())
-    if not inputs:
-        raise LoadError("the model has no inputs")
-    if max_batch_size is None:
-        batch_dims = {spec.shape[0] for spec in (*inputs, *outputs)}
-        if len(batch_dims) != 1 or not all(isinstance(d, str) for d in batch_dims):
-            raise LoadError(
-                "the first dims of inputs and outputs are not one symbolic dim, so it is unclear "
-                "whether rows may be batched: set max_batch_size in the model's config.yaml if so"
-            )
-        max_batch_size = DEFAULT_MAX_BATCH_SIZE
-    batch = inputs[0].shape[0]
-    for spec in outputs:
-        if isinstance(batch, str) and batch in spec.shape[1:]:
-            raise LoadError(
-                f"output '{spec.name}' has the batch dim '{batch}' inside, too: a row's answer would "
-                f"hold the other rows of its batch"
-            )
-    return Signature(inputs, outputs, max_batch_size)
+def _options(execution: Execution) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = execution.threads
+    options.inter_op_num_threads = execution.inter_op_threads
+    options.log_severity_level = LOG_FATAL_ONLY
+    options.enable_mem_pattern = execution.memory_pattern
+    options.enable_cpu_mem_arena = execution.cpu_arena
+    options.graph_optimization_level = _LEVELS[execution.graph_optimization]
+    if execution.execution_mode == "parallel":
+        options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
+    # An idle server sleeps: spinning pool threads would burn a core between batches.
+    config = {
+        "session.intra_op.allow_spinning": "0",
+        "session.inter_op.allow_spinning": "0",
+        **dict(execution.config),
+    }
+    for key, value in config.items():
+        options.add_session_config_entry(key, value)
+    return options
 
 
-def _spec(role: str, arg: Any) -> TensorSpec:
+def _spec(role: str, arg: Any, facts: ModelFacts, *, optional: bool = False) -> TensorSpec:
     datatype = BY_ORT.get(arg.type)
     if datatype is None:
-        raise LoadError(f"{role} '{arg.name}' is a {arg.type}: only tensors are served")
-    if datatype.numpy is None:
-        raise LoadError(f"{role} '{arg.name}' holds strings, which are not served")
-    shape = tuple(dim if isinstance(dim, int | str) else None for dim in arg.shape)
+        raise LoadError(
+            f"{role} '{arg.name}' is a {arg.type}: only tensors are served, of the "
+            f"datatypes that the protocols have"
+        )
+    if not arg.shape and arg.name in facts.unranked:
+        return TensorSpec(arg.name, datatype, None, optional)
+    # A name may be empty and a number negative: neither says anything.
+    shape = tuple(
+        dim if (isinstance(dim, int) and dim >= 0) or (isinstance(dim, str) and dim) else None
+        for dim in arg.shape
+    )
     if len(shape) > MAX_RANK:
         raise LoadError(f"{role} '{arg.name}' has {len(shape)} dims, of {MAX_RANK} at most")
-    if not shape or isinstance(shape[0], int):
-        raise LoadError(
-            f"{role} '{arg.name}' has shape {list(shape)}: its first dim must be the batch, and variable"
-        )
-    return TensorSpec(arg.name, datatype, shape)
+    return TensorSpec(arg.name, datatype, shape, optional)
 
 
 def _element(spec: TensorSpec) -> Any:
     """What io_binding takes as an element type; BF16 has no NumPy dtype and goes by ONNX's number."""
-    return spec.datatype.onnx if spec.datatype.name == "BF16" else spec.datatype.dtype
+    return spec.datatype.onnx if spec.datatype.onnx == _BF16 else spec.datatype.dtype
+
+
+def runtime_facts() -> dict[str, Any]:
+    """What this ONNX Runtime is, for operators, as plain values.
+
+    Returns:
+        ``version``; ``providers``, the execution providers of the build, best first; ``devices``, the
+        hardware that they say they found. That a provider is listed does not mean that it loads.
+    """
+    ort.disable_telemetry_events()
+    devices = (
+        f"{found.ep_name}: {found.device.type.name} {found.device.vendor}".rstrip()
+        for found in ort.get_ep_devices()
+    )
+    return {
+        "version": ort.__version__,
+        "providers": ort.get_available_providers(),
+        "devices": list(dict.fromkeys(devices)),
+    }

@@ -4,9 +4,10 @@ A plain blocking loop - take a batch, run it, publish it - and one helper thread
 and wakes the loop. Started as ``python -m gateway.serving.worker --channel FD``; everything else comes
 over that channel in the first message, ``load``.
 
-Messages in: ``load`` (path, device, threads, max_batch_size, …; fds: board) and ``frontend`` (fds: a channel
+Messages in: ``load`` (plan, cpus, seat, …; fds: board) and ``frontend`` (fds: a channel
 to a front end) from the supervisor, ``exit``; from a front end ``lane`` (fds: control, inputs, outputs,
-bell). Messages out: ``warming``, ``loaded`` (signature), ``failed`` (reason).
+bell). Messages out: ``warming``, ``loaded`` (signature, understanding), ``failed`` (reason); to a front end
+``spill`` (fds: outputs that did not fit a slot).
 """
 
 from __future__ import annotations
@@ -14,22 +15,26 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import selectors
 import sys
-import threading
-from collections import deque
-from functools import lru_cache
-from mmap import mmap
-from pathlib import Path
+from collections.abc import Sequence
+from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
+
+from gateway import bytestrings
 from gateway._kernels import ring
 from gateway.clock import NS_PER_US, monotonic_ns
 from gateway.errors import LoadError
-from gateway.serving import geometry, memory, policy
+from gateway.serving import cpus, descriptors, geometry, loader, memory, policy, spill
+from gateway.serving.attached import AttachedLane
 from gateway.serving.channel import Channel, Message, MessageTooLarge
-from gateway.serving.session import Device, ModelSession, RunError
+from gateway.serving.loader import Loaded
+from gateway.serving.mailbox import Mailbox
+from gateway.serving.plan import LoadPlan
+from gateway.serving.session import Array, RunError
 from gateway.telemetry import logs
+from gateway.tensors import MAX_RANK
 
 log = logging.getLogger("gateway.worker")
 
@@ -42,9 +47,6 @@ FOR_EVER = 0
 MAX_SHAPES = 4096
 """Shapes that are remembered of a lane; clients choose them."""
 
-ORPHAN_BACKSTOP_S = 60.0
-"""How long after the supervisor's end, on top of the grace, a worker stays for a front end that hangs."""
-
 
 _TOO_SMALL = "the outputs of this request are larger than a slot of shared memory"
 
@@ -52,113 +54,26 @@ LaneKey = tuple[int, int]
 """A lane in this process: the descriptor of its front end's channel, and its number there."""
 
 
-class AttachedLane:
-    """One front end's lane, mapped into this process."""
-
-    def __init__(self, spec: geometry.LaneSpec, fds: list[int]) -> None:
-        control, inputs, outputs, self.bell = fds
-        self.spec = spec
-        self.control = memory.map_writable(
-            control, ring.control_bytes(spec.slot_count, spec.dims_per_slot)
-        )
-        self.inputs = memory.map_read_only(inputs, spec.slot_count * spec.input_slot_bytes)
-        self.outputs: mmap = memory.map_writable(outputs, spec.slot_count * spec.output_slot_bytes)
-        self.inputs_at = memory.address(self.inputs)
-        self.outputs_at = memory.address(self.outputs)
-        self.shapes: dict[int, geometry.Shape] = {}
-        for fd in (control, inputs, outputs):
-            os.close(fd)
-
-    def output_region(self, slot: int) -> memoryview:
-        """The slot's output region, writable; release it before the lane is closed."""
-        start = slot * self.spec.output_slot_bytes
-        return memoryview(self.outputs)[start : start + self.spec.output_slot_bytes]
-
-    def close(self) -> None:
-        """Unmap; nothing may still point into the lane."""
-        os.close(self.bell)
-        for mapping in (self.control, self.inputs, self.outputs):
-            mapping.close()
-
-
-class Mailbox:
-    """Reads the channels in a thread of its own, and wakes the worker for each message.
-
-    Args:
-        supervisor: the channel to the supervisor, whose end makes this process an orphan.
-        grace_s: how long an orphan stays for its front ends.
-    """
-
-    def __init__(self, supervisor: Channel, consumer: ring.Consumer, grace_s: float) -> None:
-        self.letters: deque[tuple[Channel, Message | None, list[int]]] = deque()
-        self._consumer = consumer
-        self._supervisor = supervisor
-        self._orphan_s = grace_s + ORPHAN_BACKSTOP_S
-        self._arrived = threading.Event()
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(supervisor, selectors.EVENT_READ, supervisor)
-        self._orphaned = False
-
-    def start(self) -> None:
-        """Begin to read."""
-        threading.Thread(target=self._read, name="mailbox", daemon=True).start()
-
-    def wait(self) -> None:
-        """Until the next letter, out of sight of front ends: their wake-ups go to other workers."""
-        self._arrived.wait()
-        self._arrived.clear()
-
-    def _read(self) -> None:
-        try:
-            self._read_for_ever()
-        except Exception:
-            log.exception("the mailbox failed; a worker that cannot hear is better replaced")
-            os._exit(1)
-
-    def _read_for_ever(self) -> None:
-        while True:
-            ready = self._selector.select(self._orphan_s if self._orphaned else None)
-            if not ready:
-                os._exit(
-                    0
-                )  # the supervisor is gone and a front end holds on to nothing we can serve
-            for key, _events in ready:
-                channel: Channel = key.data
-                received = channel.receive()
-                if received is None:
-                    self._selector.unregister(channel)
-                    self._orphaned |= channel is self._supervisor
-                    self.letters.append((channel, None, []))
-                else:
-                    message, fds = received
-                    if message["op"] == "frontend":
-                        frontend = Channel.from_fd(fds[0])
-                        self._selector.register(frontend, selectors.EVENT_READ, frontend)
-                        self.letters.append((frontend, message, []))
-                    else:
-                        self.letters.append((channel, message, fds))
-                self._arrived.set()
-                self._consumer.nudge()
-
-
 class Worker:
     """The loop and what it serves."""
 
     def __init__(
         self,
-        session: ModelSession,
+        loaded: Loaded,
         consumer: ring.Consumer,
         mailbox: Mailbox,
         supervisor: Channel,
         max_queue_delay_us: int,
     ) -> None:
-        self._session = session
+        self._session = loaded.session
+        self._signature = loaded.signature
+        self._has_strings = any(s.datatype.numpy is None for s in loaded.signature.inputs)
         self._consumer = consumer
         self._mailbox = mailbox
         self._supervisor = supervisor
         self._max_queue_delay_ns = max_queue_delay_us * NS_PER_US
         self._lanes: dict[LaneKey, AttachedLane] = {}
-        self._frontends: set[Channel] = set()
+        self._channels: dict[int, Channel] = {}  # to front ends, by descriptor
         self._orphan = False
         self._binding = lru_cache(maxsize=MAX_BINDINGS)(self._make_binding)
 
@@ -206,33 +121,55 @@ class Worker:
         started_ns = monotonic_ns()
         try:
             shape = lane.shapes.get(shape_id) or self._learn_shape(key, slot, shape_id, capacity)
-            if shape.outputs is None:
-                binding = self._make_binding(key, slot, rows, shape_id)
-                self._session.run(binding)
-                self._copy_outputs(lane, slot, binding)
-            else:
-                self._session.run(self._binding(key, slot, rows, shape_id))
+            self._run_batch(key, slot, rows, shape_id, shape)
             ok = True
         except Exception as error:
             ok = False
-            public = "the worker could not hand over the outputs"
+            public = "the worker could not run the batch"
             if isinstance(error, RunError):
                 public = error.public
                 log.debug("a run failed: %s", error)  # may quote clients' values
             else:
                 log.exception("a run failed in a way of ours")
             with lane.output_region(slot) as region:
-                geometry.write_error(region, public)
+                descriptors.write_error(region, public)
         self._consumer.publish(key, slot, word, ok, started_ns, monotonic_ns())
 
-    def _learn_shape(self, key: LaneKey, slot: int, shape_id: int, capacity: int) -> geometry.Shape:
+    def _run_batch(
+        self, key: LaneKey, slot: int, rows: int, shape_id: int, shape: geometry.SlotShape
+    ) -> None:
+        """Run a sealed slot's rows and leave the outputs where its front end looks for them."""
+        lane = self._lanes[key]
+        padded_rows = next((n for n in self._signature.allowed_batch_sizes if n >= rows), rows)
+        if self._has_strings:
+            arrays = lane.read_arrays(slot, shape, rows, padded_rows)
+            outputs = self._session.run_arrays(arrays)
+        else:
+            is_staged = padded_rows > rows
+            if is_staged:
+                lane.stage(slot, shape, rows, padded_rows)
+            if shape.outputs is not None:
+                binding = self._binding(key, slot, padded_rows, shape_id, is_staged)
+                self._session.run(binding)
+                return
+            binding = self._make_binding(key, slot, padded_rows, shape_id, is_staged)
+            self._session.run(binding)
+            outputs = self._session.unbound_outputs(binding)
+        if padded_rows > rows:
+            outputs = [array[:rows] for array in outputs]
+        self._hand_over(key, slot, outputs)
+
+    def _learn_shape(
+        self, key: LaneKey, slot: int, shape_id: int, capacity: int
+    ) -> geometry.SlotShape:
         """The layout behind a shape id that was not seen before."""
-        lane, signature = self._lanes[key], self._session.signature
+        lane, signature = self._lanes[key], self._signature
         if len(lane.shapes) >= MAX_SHAPES:
             lane.shapes.clear()  # ids are never used twice; what is still in use is learned again
             self._binding.cache_clear()
-        dims = geometry.split_dims(signature, self._consumer.dims(key, slot))
-        shape = geometry.shape_of(signature, dims, capacity)
+        flat = self._consumer.dims(key, slot)
+        is_described, dims = geometry.unflatten(signature, flat)
+        shape = geometry.shape_of(signature, dims, capacity, is_described=is_described)
         if (
             shape.input_bytes > lane.spec.input_slot_bytes
             or shape.output_bytes > lane.spec.output_slot_bytes
@@ -241,28 +178,41 @@ class Worker:
         lane.shapes[shape_id] = shape
         return shape
 
-    def _make_binding(self, key: LaneKey, slot: int, rows: int, shape_id: int) -> Any:
+    def _make_binding(
+        self, key: LaneKey, slot: int, rows: int, shape_id: int, is_staged: bool
+    ) -> Any:
         lane = self._lanes[key]
         return self._session.bind(
             lane.shapes[shape_id],
             rows,
-            lane.inputs_at + slot * lane.spec.input_slot_bytes,
+            lane.staging_at if is_staged else lane.inputs_at + slot * lane.spec.input_slot_bytes,
             lane.outputs_at + slot * lane.spec.output_slot_bytes,
         )
 
-    def _copy_outputs(self, lane: AttachedLane, slot: int, binding: Any) -> None:
-        """Copy outputs whose size was only known after the run into the slot, and describe them."""
-        described = []
+    def _hand_over(self, key: LaneKey, slot: int, outputs: Sequence[Array]) -> None:
+        """Copy outputs whose size was only known after the run into the slot, or a spill."""
+        lane, count = self._lanes[key], len(self._signature.outputs)
+        raw = [_raw(array) for array in outputs]
+        described, end = [], geometry.head_bytes(count)
+        for array, data in zip(outputs, raw, strict=True):
+            if array.ndim > MAX_RANK:
+                text = f"an output has {array.ndim} dims, of {MAX_RANK} at most"
+                raise RunError(text, text)
+            described.append((array.shape, end, len(data)))
+            end = geometry.align(end + len(data))
         with lane.output_region(slot) as region:
-            offset = geometry.head_bytes(len(self._session.signature.outputs))
-            for array in self._session.unbound_outputs(binding):
-                end = offset + array.nbytes
-                if end > len(region):
-                    raise RunError(_TOO_SMALL, _TOO_SMALL)
-                region[offset:end] = array.tobytes()
-                described.append((array.shape, offset, array.nbytes))
-                offset = geometry.align(end)
-            geometry.write_descriptors(region, described)
+            is_spilled = end > len(region)
+            descriptors.write_descriptors(region, described, is_spilled=is_spilled)
+            if not is_spilled:
+                _lay_out(region, described, raw)
+                return
+        fd = memory.create("spill", end)
+        try:
+            with memory.map_writable(fd, end) as mapping, memoryview(mapping) as region:
+                _lay_out(region, described, raw)
+            spill.send(self._channels[key[0]], key[1], slot, fd)
+        finally:
+            os.close(fd)
 
     def _read_mail(self) -> bool:
         """Act on what arrived; False when it is time to exit."""
@@ -274,12 +224,12 @@ class Worker:
                 else:
                     self._forget_frontend(channel)
             elif message["op"] == "frontend":
-                self._frontends.add(channel)
+                self._channels[channel.fileno()] = channel
             elif message["op"] == "lane":
                 self._attach(channel, message, fds)
             elif message["op"] == "exit":
                 return False
-        return not (self._orphan and not self._frontends)
+        return not (self._orphan and not self._channels)
 
     def _attach(self, channel: Channel, message: Message, fds: list[int]) -> None:
         key = (channel.fileno(), message["lane"])
@@ -291,13 +241,37 @@ class Worker:
 
     def _forget_frontend(self, channel: Channel) -> None:
         """Drop every lane of a front end that is gone: bindings first, then the mappings."""
-        self._frontends.discard(channel)
+        self._channels.pop(channel.fileno(), None)
         gone = [key for key in self._lanes if key[0] == channel.fileno()]
         self._binding.cache_clear()
         for key in gone:
             self._consumer.detach(key)
             self._lanes.pop(key).close()
         channel.close()
+
+
+def _raw(array: Array) -> bytes | memoryview:
+    """An output's bytes in the order of its elements."""
+    if array.dtype == object:
+        return bytestrings.serialise(array.reshape(-1))
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def _lay_out(
+    region: memoryview,
+    described: Sequence[tuple[tuple[int, ...], int, int]],
+    raw: Sequence[bytes | memoryview],
+) -> None:
+    for (_dims, offset, nbytes), data in zip(described, raw, strict=True):
+        region[offset : offset + nbytes] = data
+
+
+def _stay_on(text: str) -> None:
+    """Run on these CPUs only. LoadError: none of them is there."""
+    try:
+        os.sched_setaffinity(0, cpus.parse_cpus(text))
+    except OSError as error:
+        raise LoadError(f"instances: cpus: {text} cannot be used: {error.strerror}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -313,16 +287,9 @@ def main(argv: list[str] | None = None) -> int:
     load, (board_fd,) = received
     logs.configure(load["log_level"], load["log_format"])
     try:
-        session = ModelSession(
-            Path(load["path"]),
-            Device.parse(load["device"]),
-            load["threads"],
-            load["max_batch_size"],
-        )
-        supervisor.send("warming")
-        session.check_rows_are_independent()
-        if load["warmup"] and not session.warm_up():
-            log.info("%s: not warmed up, a variable dim leaves no shape to try", arguments.name)
+        if load["cpus"] is not None:
+            _stay_on(load["cpus"])
+        loaded = loader.load(LoadPlan.from_wire(load["plan"]), partial(supervisor.send, "warming"))
     except LoadError as error:
         supervisor.send("failed", reason=error.message, detail=error.detail)
         return 1
@@ -331,12 +298,16 @@ def main(argv: list[str] | None = None) -> int:
     consumer = ring.Consumer(board, load["seat"], load["incarnation"])
     mailbox = Mailbox(supervisor, consumer, load["orphan_grace_s"])
     try:
-        supervisor.send("loaded", signature=session.signature.to_wire())
+        supervisor.send(
+            "loaded",
+            signature=loaded.signature.to_wire(),
+            understanding=loaded.understanding.to_wire(),
+        )
     except MessageTooLarge as error:
         supervisor.send("failed", reason=f"its signature is too long: {error}", detail="")
         return 1
     mailbox.start()
-    Worker(session, consumer, mailbox, supervisor, load["max_queue_delay_us"]).run()
+    Worker(loaded, consumer, mailbox, supervisor, load["max_queue_delay_us"]).run()
     return 0
 
 

@@ -87,6 +87,13 @@ class Metrics:
             _LABELS,
             registry=self.registry,
         )
+        self.by_version = (
+            self.request_duration,
+            self.queue_duration,
+            self.compute_duration,
+            self.batch_rows,
+            self.queue_depth,
+        )
         self.worker_up = Gauge(
             "gateway_worker_up",
             "Whether the worker of an instance is ready.",
@@ -113,7 +120,11 @@ class Metrics:
 
 
 class VersionMetrics:
-    """The metrics of one version of a model."""
+    """The metrics of one version of a model.
+
+    After `remove` it goes on counting in `statistics`, and no series of its version is made anew: requests
+    that name a version which is unloaded are answered, but not worth a series for ever.
+    """
 
     def __init__(self, metrics: Metrics, model: str, version: int) -> None:
         self._metrics = metrics
@@ -124,6 +135,8 @@ class VersionMetrics:
         self._rows = metrics.batch_rows.labels(*labels)
         self._depth = metrics.queue_depth.labels(*labels)
         self._codes: dict[int, Counter] = {}
+        self._instances: set[int] = set()
+        self._is_removed = False
         self.statistics = Statistics()
 
     def batch(self, rows: int, compute_ns: int) -> None:
@@ -135,7 +148,7 @@ class VersionMetrics:
 
     def answered(self, rows: int, total_ns: int, queue_ns: int, compute_ns: int) -> None:
         """A request of `rows` rows was answered with its outputs."""
-        self._code(200).inc()
+        self._count(200)
         self._request.observe(total_ns / NS_PER_S)
         self._queue.observe(queue_ns / NS_PER_S)
         statistics = self.statistics
@@ -147,7 +160,7 @@ class VersionMetrics:
 
     def failed(self, code: int, total_ns: int) -> None:
         """A request ended with an error."""
-        self._code(code).inc()
+        self._count(code)
         self._request.observe(total_ns / NS_PER_S)
         self.statistics.fail.add(total_ns)
 
@@ -157,14 +170,33 @@ class VersionMetrics:
 
     def worker(self, instance: int, *, up: bool, restarted: bool = False) -> None:
         """A worker came up or went."""
+        if self._is_removed:
+            return
+        self._instances.add(instance)
         labels = (*self._labels, str(instance))
         self._metrics.worker_up.labels(*labels).set(up)
         restarts = self._metrics.worker_restarts.labels(*labels)
         if restarted:
             restarts.inc()
 
-    def _code(self, code: int) -> Counter:
+    def remove(self) -> None:
+        """The version is unloaded: take its series out of what is scraped. Again: nothing."""
+        if self._is_removed:
+            return
+        self._is_removed = True
+        metrics, labels = self._metrics, self._labels
+        for code in self._codes:
+            metrics.requests.remove(*labels, str(code))
+        for instance in self._instances:
+            metrics.worker_up.remove(*labels, str(instance))
+            metrics.worker_restarts.remove(*labels, str(instance))
+        for family in metrics.by_version:
+            family.remove(*labels)
+
+    def _count(self, code: int) -> None:
         counter = self._codes.get(code)
         if counter is None:
+            if self._is_removed:
+                return
             counter = self._codes[code] = self._metrics.requests.labels(*self._labels, str(code))
-        return counter
+        counter.inc()

@@ -19,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from gateway import bytestrings
 from gateway.client import (
     AsyncClient,
     BadAnswer,
@@ -79,10 +80,13 @@ def parse(encoding: str, body: bytes, headers: dict[str, str]) -> InferCall:
 
 def answer_of(encoding: str, call: InferCall, arrays: dict[str, np.ndarray]) -> tuple:
     """Body, content type and header length of the gateway's answer with these outputs."""
-    outputs = [
-        OutputTensor(name, DATATYPES[NAMES.get(a.dtype.name, "BF16")], a.shape, memoryview(a.tobytes()))
-        for name, a in arrays.items()
-    ]  # fmt: skip
+    outputs = []
+    for name, array in arrays.items():
+        if array.dtype == object:
+            datatype, raw = "BYTES", bytestrings.serialise(array.ravel().tolist())
+        else:
+            datatype, raw = NAMES.get(array.dtype.name, "BF16"), array.tobytes()
+        outputs.append(OutputTensor(name, DATATYPES[datatype], array.shape, memoryview(raw)))
     if encoding == "msgpack":
         return messagepack.encode_infer(call, "m", "3", outputs), "application/msgpack", None
     body, json_bytes = v2_infer.encode_infer(call, "m", "3", outputs)
@@ -137,13 +141,81 @@ def test_bfloat16_travels_by_its_bits(encoding, monkeypatch):
     np.testing.assert_array_equal(got, array.view(np.uint16))
 
 
+def objects(shape: tuple[int, ...], elements: list) -> np.ndarray:
+    """An array of objects."""
+    array = np.empty(len(elements), object)
+    array[:] = elements
+    return array.reshape(shape)
+
+
+@st.composite
+def strings(draw, elements):
+    shape = draw(hnp.array_shapes(min_dims=0, max_dims=3, min_side=0, max_side=3))
+    count = int(np.prod(shape))
+    return objects(shape, draw(st.lists(elements, min_size=count, max_size=count)))
+
+
+def check_strings(encoding: str, array: np.ndarray, raw: list[bytes]) -> None:
+    """Send an array, look at what the gateway reads, have it answered, look at what comes back."""
+    call = parse(encoding, *encode_infer(encoding, {"s": array}))
+    (tensor,) = call.inputs
+    assert (tensor.datatype.name, tensor.shape) == ("BYTES", array.shape)
+    assert bytestrings.elements(tensor.data) == raw
+    expected = objects(array.shape, raw)
+    got = decode_infer(*answer_of(encoding, call, {"t": expected})).outputs["t"]
+    assert got.dtype == object
+    assert got.shape == array.shape
+    assert got.ravel().tolist() == raw
+    assert all(type(value) is bytes for value in got.ravel())
+
+
+@given(array=strings(st.binary(max_size=6)), encoding=st.sampled_from(["binary", "msgpack"]))
+def test_bytes_there_and_back(array, encoding):
+    check_strings(encoding, array, array.ravel().tolist())
+
+
+@given(array=strings(st.text(max_size=6)), encoding=st.sampled_from(ENCODINGS))
+def test_text_there_and_back(array, encoding):
+    check_strings(encoding, array, [text.encode() for text in array.ravel()])
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_arrays_of_strings(encoding):
+    for array, raw in (
+        (np.array([["a", "é"], ["", "bcd"]]), [b"a", "é".encode(), b"", b"bcd"]),
+        (np.array(["a", "é"], ">U4"), [b"a", "é".encode()]),
+        (np.array([b"a", b"bc"]), [b"a", b"bc"]),
+        (np.array("a"), [b"a"]),
+        (np.array([["a", "b"], ["c", "d"]]).T, [b"a", b"c", b"b", b"d"]),
+        (objects((2,), ["é", b"b"]), ["é".encode(), b"b"]),
+        (objects((2,), [np.str_("é"), np.bytes_(b"b")]), ["é".encode(), b"b"]),
+        (np.empty((0, 2), "U1"), []),
+    ):
+        check_strings(encoding, array, raw)
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_strings_that_cannot_be_sent(encoding):
+    for bad in (1, None, [b"a"], bytearray(b"a")):
+        with pytest.raises(InvalidRequest, match=f"input 's'.*type {type(bad).__name__}"):
+            encode_infer(encoding, {"s": objects((1,), [bad])})
+    with pytest.raises(InvalidRequest, match=r"input 's'.*not Unicode"):
+        encode_infer(encoding, {"s": np.array(["\ud800"])})
+    not_utf8 = {"s": np.array([b"\xff"])}
+    if encoding == "json":
+        with pytest.raises(InvalidRequest, match=r"input 's'.*not UTF-8"):
+            encode_infer(encoding, not_utf8)
+    else:
+        encode_infer(encoding, not_utf8)
+
+
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_the_rest_of_a_request(encoding):
     body, headers = encode_infer(
-        encoding, {"x": np.zeros(1, "f4")}, outputs=["b", "a"], queue_timeout_s=0.25
+        encoding, {"x": np.zeros(1, "f4")}, outputs=["b", "a"], queue_timeout_s=0.25, priority=1
     )
     call = parse(encoding, body, headers)
-    assert call.timeout_us == 250_000
+    assert (call.timeout_us, call.priority) == (250_000, 1)
     assert call.id is None
     assert [o.name for o in call.outputs] == ["b", "a"]
     assert all(o.binary == (encoding != "json") for o in call.outputs)
@@ -152,14 +224,12 @@ def test_the_rest_of_a_request(encoding):
 @pytest.mark.parametrize(
     ("array", "text"),
     [
-        (np.array(["a"]), "BYTES"),
-        (np.array([b"a"]), "BYTES"),
         (np.array([None]), "BYTES"),
         ([1.0], "must be a NumPy array, got list"),
         (np.array([1j]), "dtype complex128"),
         (np.array(["2020-01-01"], "datetime64[s]"), "dtype datetime64"),
     ],
-    ids=["str", "bytes", "object", "list", "complex", "time"],
+    ids=["object", "list", "complex", "time"],
 )
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_what_cannot_be_sent_is_refused_by_name(encoding, array, text):
@@ -175,6 +245,9 @@ def test_more_refusals():
     for bad in (0, -1, float("nan"), float("inf")):
         with pytest.raises(InvalidRequest, match="queue_timeout_s"):
             encode_infer("json", {}, queue_timeout_s=bad)
+    for bad in (-1, 1 << 64, 1.0, True, "1"):
+        with pytest.raises(InvalidRequest, match="priority"):
+            encode_infer("json", {}, priority=bad)
 
 
 def json_answer(**output: object) -> bytes:
@@ -193,6 +266,13 @@ def json_answer(**output: object) -> bytes:
         (json_answer(datatype="FP32", shape=2, data=[1]), "application/json", None),
         (json_answer(datatype="UINT8", shape=[1], data=[999]), "application/json", None),
         (json_answer(datatype="FP32", shape=[1]), "application/json", None),
+        (json_answer(datatype="FP32", shape=[-1], data=[1]), "application/json", None),
+        (json_answer(datatype="BYTES", shape=[-1], data=["a"]), "application/json", None),
+        (json_answer(datatype="BYTES", shape=[2], data=["a"]), "application/json", None),
+        (json_answer(datatype="BYTES", shape=[1], data=[1]), "application/json", None),
+        (json_answer(datatype="BYTES", shape=[1], data=[["a"]]), "application/json", None),
+        (json_answer(datatype="BYTES", shape=[1], data="a"), "application/json", None),
+        (json_answer(datatype="BYTES", shape=[1]), "application/json", None),
         (json_answer(datatype="FP32", shape=[1], data=[1]), "application/json", "x"),
         (json_answer(datatype="FP32", shape=[1], data=[1]), "application/json", "9999"),
         (b"\xc1", "application/msgpack", None),
@@ -211,10 +291,13 @@ def test_a_binary_answer_of_the_wrong_size_is_told(size):
         decode_infer(text + bytes(size), "application/octet-stream", str(len(text)))
 
 
-def test_strings_in_an_answer_are_not_supported():
-    body = json_answer(datatype="BYTES", shape=[1], data=["a"])
-    with pytest.raises(NotSupported, match="'x'"):
-        decode_infer(body, "application/json", None)
+@pytest.mark.parametrize(
+    ("size", "raw"), [(5, b"\2\0\0\0a"), (3, b"\0\0\0"), (8, bytes(8)), (9, bytes(4))]
+)
+def test_malformed_strings_in_a_binary_answer_are_told(size, raw):
+    text = json_answer(datatype="BYTES", shape=[1], parameters={"binary_data_size": size})
+    with pytest.raises(BadAnswer):
+        decode_infer(text + raw, "application/octet-stream", str(len(text)))
 
 
 # Errors
@@ -524,7 +607,7 @@ async def test_what_the_server_sees():
         serving(answer) as address,
         AsyncClient(f"{address}/base", headers={"x-key": "k"}) as client,
     ):
-        await client.infer("a/b", large, version=7, request_id="id-1")
+        await client.infer("a/b", large, version=7, request_id="id-1", priority=2)
         await client.infer("m", X, request_id="not for a header")
         for bad in ("", ".", ".."):
             with pytest.raises(InvalidRequest):
@@ -536,6 +619,7 @@ async def test_what_the_server_sees():
     assert headers["x-key"] == "k"
     assert headers["x-request-id"] == "id-1"
     assert len(body) == large["x"].nbytes + int(headers[HEADER_LENGTH])
+    assert json.loads(body[: int(headers[HEADER_LENGTH])])["parameters"]["priority"] == 2
     assert "x-request-id" not in plain
 
 
@@ -592,7 +676,7 @@ def test_closing_the_synchronous_client_ends_its_thread_and_its_calls():
 
         def call():
             try:
-                client.infer("m", X)
+                client.infer("m", X, priority=1)
             except RuntimeError as error:
                 failures.append(str(error))
 
@@ -616,5 +700,5 @@ def test_importing_the_client_is_light(run_python):
     assert loaded.isdisjoint({"gateway.protocols", "gateway.serving", "gateway.frontend"})
 
 
-def test_every_datatype_but_bytes_can_be_sent():
-    assert {*NAMES.values(), "BF16"} == set(DATATYPES) - {"BYTES"}
+def test_every_datatype_is_tried():
+    assert {*NAMES.values(), "BF16", "BYTES"} == set(DATATYPES)

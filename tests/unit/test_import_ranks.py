@@ -13,7 +13,7 @@ RANKS = {
     "errors": -2,  # every module may raise
     "names": -1,
     "yamlfile": -1,  # what settings are read from
-    "settings": 0, "clock": 0, "tensors": 0, "_kernels": 0,
+    "settings": 0, "clock": 0, "tensors": 0, "bytestrings": 0, "_kernels": 0,
     "telemetry": 1, "protocols": 1, "client": 1,
     "serving": 2,
     "frontend": 3, "control": 3,

@@ -18,8 +18,9 @@ from gateway.control.repository import (
     parse_version,
     routed_version,
     scan,
+    scan_model,
 )
-from gateway.errors import ConfigurationError
+from gateway.errors import ConfigurationError, NotFound, Unavailable
 from gateway.names import MAX_VERSION
 from gateway.settings import Latest, ModelSettings, Specific
 
@@ -432,3 +433,49 @@ def test_the_default_route(versions):
 def test_there_is_no_route_to_nothing():
     with pytest.raises(ValueError, match="empty"):
         routed_version((), "latest")
+
+
+# One model alone
+
+
+def test_one_model_is_read_as_it_is_now(repository):
+    folder = add(repository, "m", 1, config="promote: manual\n")
+    add(repository, "broken", 1, config="no_such_key: 1\n")  # is another's affair
+    assert scan_model(repository, "m") == next(m for m in scan_without(repository, "broken"))
+    add(repository, "m", 2)
+    (folder / "config.yaml").unlink()
+    entry = scan_model(repository, "m")
+    assert numbers(entry.versions) == [1, 2]
+    assert entry.settings == ModelSettings()
+
+
+def scan_without(repository, name):
+    (repository / name).rename(repository.parent / name)
+    return scan(repository)
+
+
+@pytest.mark.parametrize("name", ["nobody", *NAMELESS])
+def test_one_model_that_is_not_there(repository, name):
+    add(repository, "m", 1)
+    with pytest.raises(NotFound) as caught:
+        scan_model(repository, name)
+    assert str(caught.value) == ("unknown model 'nobody'" if name == "nobody" else "unknown model")
+
+
+@pytest.mark.parametrize("kind", ["file", "link", "settings"])
+def test_one_model_that_is_none(repository, tmp_path, kind):
+    if kind == "file":
+        (repository / "m").write_text("")
+    elif kind == "link":
+        (tmp_path / "outside").mkdir()
+        (repository / "m").symlink_to(tmp_path / "outside")
+    else:
+        add(repository, "m", 1, config="no_such_key: 1\n")
+    message = refusal(scan_model, repository, "m")
+    assert "model 'm'" in message
+    assert str(tmp_path) not in message
+
+
+def test_one_model_of_a_repository_that_is_gone(tmp_path):
+    with pytest.raises(Unavailable, match="the model repository cannot be read"):
+        scan_model(tmp_path / "gone", "m")

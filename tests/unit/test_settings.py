@@ -14,20 +14,23 @@ from pydantic import ValidationError
 
 from gateway.errors import ConfigurationError
 from gateway.names import MAX_VERSION
+from gateway.serving.cpus import parse_cpus
 from gateway.settings import (
     ENV_PREFIX,
+    DimPadding,
     Instance,
     Latest,
     ModelSettings,
     Queue,
     ServerSettings,
+    SessionOptions,
     Specific,
     load_model_settings,
     load_server_settings,
 )
 from gateway.yamlfile import MAX_FILE_BYTES
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "settings.md"
+DOCUMENTS = Path(__file__).parents[2] / "docs"
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +139,8 @@ OTHER_VALUES = {
     "metrics_host": "gateway.example",
     "log_level": "debug",
     "log_format": "json",
+    "memory_bytes": 1 << 30,
+    "cache_folder": "cache",
 }
 
 
@@ -331,28 +336,118 @@ def test_a_full_file(model_file):
         model_file(
             """
             max_batch_size: 32
+            allowed_batch_sizes: [1, 8, 32]
+            accept_batch_effects: true
+            padding:
+              sequence: {buckets: [16, 128], side: left, values: {ids: 1, mask: -.inf}}
+              width: {buckets: [64]}
             max_queue_delay_us: 500
             instances:
-              - {device: cuda:0, count: 2}
-              - {device: cpu, threads: 4}
-            queue: {max_size: 10, timeout_ms: 100}
+              - {device: cuda:0, count: 2, provider_options: {cudnn_conv_use_max_workspace: true}}
+              - {device: cpu, threads: 4, cpus: "0-3,8"}
+              - {device: OpenVINOExecutionProvider, provider_options: {a: text, b: 2, c: 0.5}}
+              - {cpus: 3}
+            queue: {max_size: 10, timeout_ms: 100, priority_levels: 3, default_priority_level: 3}
             version_policy: {specific: [1, 3]}
             promote: manual
             execution_timeout_ms: 1000
             warmup: false
+            warmup_samples: samples-1.npz
+            memory_bytes: 1048576
+            session_options:
+              execution_mode: parallel
+              inter_op_threads: 2
+              graph_optimization: basic
+              memory_pattern: false
+              cpu_arena: false
+              config: {session.intra_op.allow_spinning: false, session.dynamic_block_base: 4}
+            cache_optimized: false
             """
         )
     )
     assert settings == ModelSettings(
         max_batch_size=32,
+        allowed_batch_sizes=(1, 8, 32),
+        accept_batch_effects=True,
+        padding={
+            "sequence": DimPadding(
+                buckets=(16, 128), side="left", values={"ids": 1, "mask": float("-inf")}
+            ),
+            "width": DimPadding(buckets=(64,)),
+        },
         max_queue_delay_us=500,
-        instances=(Instance(device="cuda:0", count=2), Instance(threads=4)),
-        queue=Queue(max_size=10, timeout_ms=100),
+        instances=(
+            Instance(
+                device="cuda:0", count=2, provider_options={"cudnn_conv_use_max_workspace": "1"}
+            ),
+            Instance(threads=4, cpus="0-3,8"),
+            Instance(
+                device="OpenVINOExecutionProvider",
+                provider_options={"a": "text", "b": "2", "c": "0.5"},
+            ),
+            Instance(cpus="3"),
+        ),
+        queue=Queue(max_size=10, timeout_ms=100, priority_levels=3, default_priority_level=3),
         version_policy=Specific(specific=(1, 3)),
         promote="manual",
         execution_timeout_ms=1000,
         warmup=False,
+        warmup_samples="samples-1.npz",
+        memory_bytes=1 << 20,
+        session_options=SessionOptions(
+            execution_mode="parallel",
+            inter_op_threads=2,
+            graph_optimization="basic",
+            memory_pattern=False,
+            cpu_arena=False,
+            config={
+                "session.intra_op.allow_spinning": "0",
+                "session.dynamic_block_base": "4",
+            },
+        ),
+        cache_optimized=False,
     )
+
+
+@pytest.mark.parametrize(
+    ("queue", "level"),
+    [
+        ({}, 0),
+        ({"priority_levels": 1}, 1),
+        ({"priority_levels": 2}, 1),
+        ({"priority_levels": 3}, 2),
+        ({"priority_levels": 64}, 32),
+        ({"priority_levels": 3, "default_priority_level": 3}, 3),
+    ],
+)
+def test_requests_without_a_priority_get_the_default_level(queue, level):
+    assert Queue(**queue).default_level == level
+
+
+@pytest.mark.parametrize("sizes", ["max_batch_size: 8", "max_batch_size: null", ""])
+def test_the_largest_allowed_batch_may_be_the_limit(sizes, model_file):
+    settings = load_model_settings(model_file(f"allowed_batch_sizes: [1, 8]\n{sizes}"))
+    assert settings.allowed_batch_sizes == (1, 8)
+
+
+@pytest.mark.parametrize("value", [0, -1, 2**53 + 1, -(2**63), 2**64 - 1, 0.5, float("inf")])
+def test_padding_values_stay_as_exact_as_they_were_written(value, model_file):
+    text = yaml.safe_dump({"padding": {"n": {"buckets": [8], "values": {"x": value}}}})
+    read = load_model_settings(model_file(text)).padding["n"].values["x"]
+    assert (read, type(read)) == (value, type(value))
+
+
+@given(st.text(alphabet="0123456789,- ", max_size=12))
+@example("0-3,8")
+@example("3-1")
+@example("10000")
+def test_a_list_of_cpus_is_taken_as_the_worker_takes_it(model_file, text):
+    path = model_file(yaml.safe_dump({"instances": [{"cpus": text}]}))
+    if is_accepted(path):
+        assert parse_cpus(text)
+    else:
+        with pytest.raises(ValueError, match="0-3,8"):
+            parse_cpus(text)
 
 
 @pytest.mark.parametrize(
@@ -369,6 +464,9 @@ def test_version_policies(policy, expected, model_file):
     assert load_model_settings(path).version_policy == expected
 
 
+ASCENDING = "must be a list of at most 256 numbers, each above the one before it"
+A_KEY = "a key must be a printable name of 1 to 256 characters"
+OPTION = "must be text of at most 4096 characters, a number, true or false"
 POLICIES = "must be {latest: N}, {specific: [N, …]} or all"
 
 
@@ -391,24 +489,153 @@ POLICIES = "must be {latest: N}, {specific: [N, …]} or all"
             "version_policy: {lates: 1}",
             "version_policy: unknown key 'lates' (did you mean 'latest'?)",
         ),
-        ("max_batch_size: 0", "max_batch_size: must be between 1 and 4096, got 0"),
-        ("max_batch_size: 4097", "max_batch_size: must be between 1 and 4096, got 4097"),
+        ("max_batch_size: -1", "max_batch_size: must be between 0 and 4096, got -1"),
+        ("max_batch_size: 4097", "max_batch_size: must be between 0 and 4096, got 4097"),
         (
             "max_batch_size: yes",
-            "max_batch_size: must be a whole number between 1 and 4096, got true",
+            "max_batch_size: must be a whole number between 0 and 4096, got true",
+        ),
+        *[
+            (
+                f"allowed_batch_sizes: {sizes}",
+                f"allowed_batch_sizes: {ASCENDING}, got a list of {n}",
+            )
+            for sizes, n in (("[2, 2]", 2), ("[4, 2]", 2), (list(range(1, 258)), 257))
+        ],
+        (
+            "allowed_batch_sizes: [0]",
+            "allowed_batch_sizes.0: must be between 1 and 4096, got 0",
+        ),
+        ("allowed_batch_sizes: 8", "allowed_batch_sizes: must be a list, got 8"),
+        (
+            "allowed_batch_sizes: [1, 2]\nmax_batch_size: 4",
+            "allowed_batch_sizes must end with max_batch_size (4), got 2",
+        ),
+        (
+            "allowed_batch_sizes: [1, 2]\nmax_batch_size: 0",
+            "allowed_batch_sizes must be empty where max_batch_size is 0",
+        ),
+        ("padding: [n]", "padding: must be a mapping of keys, got a list of 1"),
+        ("padding: {n: 8}", "padding.n: must be a mapping of keys, got 8"),
+        ("padding: {n: {}}", "padding.n.buckets: is required"),
+        ("padding: {1: {buckets: [8]}}", f"padding: {A_KEY}, got 1"),
+        ('padding: {"": {buckets: [8]}}', f"padding: {A_KEY}, got ''"),
+        ('padding: {"a\\nb": {buckets: [8]}}', f"padding: {A_KEY}, got 'a\\nb'"),
+        (f"padding: {{{'x' * 257}: 1}}", f"padding: {A_KEY}, got 'xxx"),
+        (
+            "padding: {n: {bucket: [8]}}",
+            "padding.n: unknown key 'bucket' (did you mean 'buckets'?)",
+        ),
+        (
+            "padding: {n: {buckets: []}}",
+            "padding.n.buckets: must be a list of one length or more, got a list of 0",
+        ),
+        (
+            "padding: {n: {buckets: [8, 4]}}",
+            f"padding.n.buckets: {ASCENDING}, got a list of 2",
+        ),
+        (
+            "padding: {n: {buckets: [2147483649]}}",
+            "padding.n.buckets.0: must be between 1 and 2147483648, got 2147483649",
+        ),
+        (
+            "padding: {n: {buckets: [8], side: end}}",
+            "padding.n.side: must be 'right' or 'left', got 'end'",
+        ),
+        *[
+            (
+                f"padding: {{n: {{buckets: [8], values: {{x: {value}}}}}}}",
+                f"padding.n.values.x: must be a number, got {shown}",
+            )
+            for value, shown in (
+                ("true", "true"),
+                ("one", "'one'"),
+                ("0x1ffffffffffffffff", "a number beyond 64 bits"),
+            )
+        ],
+        (
+            "padding: {n: {buckets: [8], values: {1: 1}}}",
+            f"padding.n.values: {A_KEY}, got 1",
         ),
         ("queue: {max_size: 0}", "queue.max_size: must be between 1 and 1000000, got 0"),
+        (
+            "queue: {default_priority_level: 1}",
+            "queue: default_priority_level must be at most priority_levels (0), got 1",
+        ),
+        (
+            "queue: {priority_levels: 65}",
+            "queue.priority_levels: must be between 0 and 64, got 65",
+        ),
         ("queue: 5", "queue: must be a mapping of keys, got 5"),
         ("queue:", "queue: must be a mapping of keys, got null"),
         ("instances: []", "instances: must be a list of 1 to 16 entries, got a list of 0"),
         ("instances: {device: cpu}", "instances: must be a list, got a mapping"),
+        *[
+            (
+                f"instances: [{{}}, {{device: {device}}}]",
+                "instances.1.device: must be 'cpu', 'cuda:N' or the name of another ONNX Runtime "
+                f"execution provider, got '{device}'",
+            )
+            for device in (
+                "gpu",
+                "cuda",
+                "cuda:01",
+                "CPUExecutionProvider",
+                "CUDAExecutionProvider",
+                "ExecutionProvider",
+                "Open-VINOExecutionProvider",
+            )
+        ],
+        ("instances: [{threads: 0}]", "instances.0.threads: must be between 1 and 1024, got 0"),
         (
-            "instances: [{}, {device: gpu}]",
-            "instances.1.device: must be 'cpu' or 'cuda:N', got 'gpu'",
+            "instances: [{cpus: 3-1}]",
+            "instances.0.cpus: must be a list of CPUs such as 0-3,8, got '3-1'",
         ),
         (
-            "instances: [{device: cuda}]",
-            "instances.0.device: must be 'cpu' or 'cuda:N', got 'cuda'",
+            "instances: [{cpus: -1}]",
+            "instances.0.cpus: must be a list of CPUs such as 0-3,8, got '-1'",
+        ),
+        ("instances: [{cpus: true}]", "instances.0.cpus: must be text, got true"),
+        *[
+            (
+                f"instances: [{{provider_options: {{a: {value}}}}}]",
+                f"instances.0.provider_options.a: {OPTION}, got {shown}",
+            )
+            for value, shown in (
+                ("[1]", "a list of 1"),
+                ("null", "null"),
+                ("x" * 4097, "'xxx"),
+                ('"\\0"', r"'\x00'"),
+                ("0x1ffffffffffffffff", "a number beyond 64 bits"),
+            )
+        ],
+        (
+            "instances: [{provider_options: {1: 1}}]",
+            f"instances.0.provider_options: {A_KEY}, got 1",
+        ),
+        (
+            "session_options: {threads: 1}",
+            "session_options: unknown key 'threads' (did you mean 'inter_op_threads'?)",
+        ),
+        (
+            "session_options: {graph_optimization: most}",
+            "session_options.graph_optimization: must be 'all', 'extended', 'basic' or 'disabled', "
+            "got 'most'",
+        ),
+        (
+            "session_options: {config: {a: 2024-01-01}}",
+            f"session_options.config.a: {OPTION}, got datetime.date(2024, 1, 1)",
+        ),
+        *[
+            (
+                f"warmup_samples: {name}",
+                f"warmup_samples: must be the name of an .npz file, got '{name}'",
+            )
+            for name in ("../a.npz", "/a.npz", "a/b.npz", ".npz", "a.npy", "a.npzx")
+        ],
+        (
+            "memory_bytes: 1024",
+            "memory_bytes: must be between 1048576 and 1125899906842624, got 1024",
         ),
         ("instances: [{count: 0}]", "instances.0.count: must be between 1 and 128, got 0"),
         ("instances: &a [*a]", "instances.0: must be a mapping of keys, got a list of 1"),
@@ -513,7 +740,12 @@ def test_any_value_is_taken_or_refused_in_one_line(model_file, content):
 # ---- the documentation ---------------------------------------------------------------------------
 
 UNITS = {"s": "seconds", "ms": "milliseconds", "us": "microseconds", "bytes": "bytes"}
-SECTIONS = {"queue": ("queue.", Queue), "instances": ("instances[].", Instance)}
+SECTIONS = {
+    "padding": ("padding.<dim>.", DimPadding),
+    "instances": ("instances[].", Instance),
+    "queue": ("queue.", Queue),
+    "session_options": ("session_options.", SessionOptions),
+}
 
 
 def expected_rows(model, prefix=""):
@@ -534,21 +766,43 @@ def written_default(model, name):
     return f"`{text.removesuffix('...' + chr(10)).strip()}`"
 
 
-def table_rows(heading):
-    section = DOCUMENT.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+def table_rows(document, heading):
+    text = (DOCUMENTS / document).read_text(encoding="utf-8")
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")]
     return [tuple(cell.strip() for cell in row.strip("|").split(" | ")) for row in rows[2:]]
 
 
 @pytest.mark.parametrize(
-    ("heading", "model"), [("Server", ServerSettings), ("Model", ModelSettings)]
+    ("document", "heading", "model"),
+    [("settings.md", "Server", ServerSettings), ("models.md", "Settings", ModelSettings)],
 )
-def test_the_tables_and_the_models_say_the_same(heading, model):
-    assert table_rows(heading) == list(expected_rows(model))
+def test_the_tables_and_the_models_say_the_same(document, heading, model):
+    assert table_rows(document, heading) == list(expected_rows(model))
+
+
+def yaml_examples():
+    blocks = (DOCUMENTS / "models.md").read_text(encoding="utf-8").split("```yaml\n")[1:]
+    return [block.split("```")[0] for block in blocks]
+
+
+@pytest.mark.parametrize("example_text", yaml_examples())
+def test_the_documentation_shows_settings_that_are_taken(example_text, model_file):
+    assert load_model_settings(model_file(example_text)) != ModelSettings()
 
 
 @pytest.mark.parametrize(
-    "model", [ServerSettings, ModelSettings, Instance, Queue, Latest, Specific]
+    "model",
+    [
+        ServerSettings,
+        ModelSettings,
+        DimPadding,
+        Instance,
+        Queue,
+        SessionOptions,
+        Latest,
+        Specific,
+    ],
 )
 def test_every_setting_is_described_in_one_line(model):
     for name, field in model.model_fields.items():

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
+from gateway import bytestrings
 from gateway.protocols.call import OutputTensor
 from gateway.tensors import DATATYPES, Signature, TensorSpec
 
@@ -22,11 +23,25 @@ def spec(name: str, datatype: str, *shape: int | str | None) -> TensorSpec:
     return TensorSpec(name, DATATYPES[datatype], shape)
 
 
+def optional(name: str, datatype: str, *shape: int | str | None) -> TensorSpec:
+    return TensorSpec(name, DATATYPES[datatype], shape, optional=True)
+
+
+def unranked(name: str, datatype: str) -> TensorSpec:
+    """A tensor of unknown rank."""
+    return TensorSpec(name, DATATYPES[datatype], None)
+
+
 def signature(
     inputs: list[TensorSpec], outputs: list[TensorSpec] | None = None, max_batch_size: int = 8
 ) -> Signature:
     outputs = outputs or [spec("y", "FP32", "N", 4)]
     return Signature(tuple(inputs), tuple(outputs), max_batch_size)
+
+
+def whole(inputs: list[TensorSpec], outputs: list[TensorSpec] | None = None) -> Signature:
+    """A model that is served one request at a time."""
+    return signature(inputs, outputs, max_batch_size=0)
 
 
 DIGITS = signature([spec("x", "FP32", "N", 4)])
@@ -37,6 +52,13 @@ PAIR = signature(
     [spec("label", "INT64", "N"), spec("score", "FP32", "N", 3)],
 )
 """Two inputs that share a symbolic dim, two outputs."""
+
+
+WORDS = signature([spec("s", "BYTES", "N", 2)], [spec("t", "BYTES", "N")])
+"""Strings in and out."""
+
+ANY_WORDS = whole([unranked("s", "BYTES")], [unranked("t", "BYTES")])
+"""The same, of any shape."""
 
 
 def request(**changes: Any) -> dict[str, Any]:
@@ -65,6 +87,13 @@ def nested(levels: int) -> list[Any]:
     for _ in range(levels - 1):
         value = [value]
     return value
+
+
+def strings(name: str, shape: tuple[int, ...], *elements: bytes) -> OutputTensor:
+    """An output of strings as a worker leaves it."""
+    return OutputTensor(
+        name, DATATYPES["BYTES"], shape, memoryview(bytestrings.serialise(elements))
+    )
 
 
 def output(name: str, datatype: str, array: npt.ArrayLike) -> OutputTensor:

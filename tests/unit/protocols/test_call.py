@@ -1,19 +1,32 @@
 import numpy as np
 import pytest
 
+from gateway.bytestrings import serialise
 from gateway.errors import InvalidRequest, TooLarge
 from gateway.protocols.call import (
     InferCall,
     InputTensor,
     WantedOutput,
-    bytes_unsupported,
     check_call,
     show_name,
     unexpected_input,
 )
 from gateway.tensors import DATATYPES
 
-from .support import BINARY_ONLY, DIGITS, FIXED_SIZE, MAX_BYTES, PAIR, signature, spec
+from .support import (
+    ANY_WORDS,
+    BINARY_ONLY,
+    DIGITS,
+    FIXED_SIZE,
+    MAX_BYTES,
+    PAIR,
+    WORDS,
+    optional,
+    signature,
+    spec,
+    unranked,
+    whole,
+)
 
 
 def tensor(name="x", datatype="FP32", shape=(2, 4), data=None):
@@ -66,15 +79,135 @@ def test_wrong_datatype():
     )
 
 
-def test_bytes_are_not_supported():
-    assert "BYTES tensors are not supported by this model" in refusal(
-        InferCall([tensor(datatype="BYTES")])
+def words(shape, raw):
+    return InferCall([tensor("s", "BYTES", shape, memoryview(raw))])
+
+
+@pytest.mark.parametrize("elements", [4, 2**40])
+def test_strings_are_counted(elements):
+    good = words((2, 2), serialise([b"", b"a\0\xff", b"", b"x" * 300]))
+    check_call(good, WORDS, MAX_BYTES)
+    assert good.rows == 2
+    check_call(words((2, 0, 7), b""), ANY_WORDS, MAX_BYTES)
+    check_call(words((), serialise([b"one"])), ANY_WORDS, MAX_BYTES)
+    shape, shown = (elements,), f"input 's': expected {elements} strings for shape [{elements}]"
+    for count in (0, 3, 5):
+        raw = serialise([b"ab"] * count)
+        assert refusal(words(shape, raw), ANY_WORDS) == f"{shown}, got {count}"
+    for raw, problem in ((b"\x05\0\0\0abcd", "a string"), (b"\0\0\0\0\0", "a length")):
+        assert refusal(words(shape, raw), ANY_WORDS) == (
+            f"{shown}, but the data end within {problem}"
+        )
+
+
+def test_strings_take_the_bytes_of_their_raw_form():
+    call = words((1, 2), serialise([b"abc", b"d"]))
+    check_call(call, WORDS, 12)
+    with pytest.raises(TooLarge, match="take 12 bytes as tensors"):
+        check_call(call, WORDS, 11)
+
+
+def test_strings_that_are_not_raw_are_a_mistake_of_ours():
+    with pytest.raises(TypeError):
+        check_call(InferCall([tensor("s", "BYTES", (1,), ["a"])]), ANY_WORDS, MAX_BYTES)
+
+
+def test_strings_where_numbers_belong_and_the_other_way_round():
+    assert refusal(InferCall([tensor(datatype="BYTES")])) == (
+        "input 'x' has datatype BYTES, expected FP32"
     )
-    strings = signature([spec("x", "BYTES", "N")])
-    assert "BYTES tensors are not supported" in refusal(
-        InferCall([tensor(datatype="BYTES", shape=(1,))]), strings
+    assert refusal(InferCall([tensor("s", "FP32", (1, 2))]), WORDS) == (
+        "input 's' has datatype FP32, expected BYTES"
     )
-    assert "'x'" in bytes_unsupported("x").message
+
+
+@pytest.mark.parametrize(
+    ("declared", "shape"),
+    [
+        ((), ()),
+        ((3,), (3,)),
+        (("N", 3), (0, 3)),
+        ((None, "M"), (5, 0)),
+        ((2,) * 8, (2,) * 8),
+        (None, ()),
+        (None, (1, 0, 3)),
+        (None, (1,) * 8),
+    ],
+)
+def test_whole_models_take_their_full_shape(declared, shape):
+    model = whole([unranked("x", "FP32") if declared is None else spec("x", "FP32", *declared)])
+    call = InferCall([tensor(shape=shape)])
+    check_call(call, model, MAX_BYTES)
+    assert call.rows == 1
+
+
+@pytest.mark.parametrize(
+    ("declared", "shape", "message"),
+    [
+        ((), (1,), "expected [], got [1]"),
+        ((3,), (1, 3), "expected [3], got [1,3]"),  # a batch dim on a model without batches
+        ((3,), (2,), "expected [3], got [2]"),
+        ((3,), (), "expected [3], got []"),
+        (("N", 3), (2, 4), "expected [-1,3], got [2,4]"),
+        (("N",), (-1,), "input 'x' has a negative dim"),
+        (None, (2, -1), "input 'x' has a negative dim"),
+        (None, (1,) * 9, "expected [-1], got [1,1,1,1,1,1,1,1,1]"),
+        (None, (2**62, 2), "more than 2^63-1 elements"),
+        (None, (2**63, 0), "more than 2^63-1 elements"),
+    ],
+)
+def test_shapes_that_do_not_fit_whole_models(declared, shape, message):
+    model = whole([unranked("x", "FP32") if declared is None else spec("x", "FP32", *declared)])
+    assert message in refusal(InferCall([tensor(shape=shape)]), model)
+
+
+def test_symbolic_dims_of_whole_models_bind_in_every_place():
+    model = whole([spec("a", "FP32", "N", "M"), spec("b", "FP32", "N")])
+    check_call(InferCall([tensor("a", shape=(3, 2)), tensor("b", shape=(3,))]), model, MAX_BYTES)
+    assert refusal(InferCall([tensor("a", shape=(3, 2)), tensor("b", shape=(2,))]), model) == (
+        "input 'b': dim 0 is 2, but 'N' is 3 elsewhere in the request"
+    )
+
+
+def test_whole_models_without_inputs():
+    call = InferCall([])
+    check_call(call, whole([]), MAX_BYTES)
+    assert call.rows == 1
+
+
+def test_optional_inputs():
+    scaled = signature(
+        [spec("x", "FP32", "N", 4), optional("by", "FP32"), optional("k", "INT64", "K")]
+    )
+    only = InferCall([tensor()])
+    check_call(only, scaled, MAX_BYTES)
+    assert only.rows == 2
+    full = InferCall([tensor("k", "INT64", (5,)), tensor("by", shape=()), tensor()])
+    check_call(full, scaled, MAX_BYTES)
+    assert full.rows == 2
+    assert refusal(InferCall([tensor("by", shape=())]), scaled) == (
+        "expected 1 inputs but got 0, missing: 'x'"
+    )
+    assert refusal(InferCall([tensor(), tensor("by", shape=(2,))]), scaled) == (
+        "unexpected shape for input 'by': expected [], got [2]"
+    )
+    check_call(InferCall([tensor(), tensor("k", "INT64", (0,))]), scaled, MAX_BYTES)
+
+
+def test_optional_inputs_take_no_part_in_the_rows():
+    model = signature([spec("a", "FP32", "N"), spec("b", "FP32", "N"), optional("o", "FP32", "K")])
+    uneven = [tensor("o", shape=(9,)), tensor("a", shape=(2,)), tensor("b", shape=(3,))]
+    assert refusal(InferCall(uneven), model) == (
+        "input 'b' has 3 rows, 'a' has 2: every input needs as many"
+    )
+
+
+def test_symbolic_dims_of_optional_inputs_bind_too():
+    model = signature([spec("x", "FP32", "N", "T"), optional("o", "FP32", "T")])
+    check_call(InferCall([tensor(), tensor("o", shape=(4,))]), model, MAX_BYTES)
+    assert refusal(InferCall([tensor(), tensor("o", shape=(5,))]), model) == (
+        "input 'o': dim 0 is 5, but 'T' is 4 elsewhere in the request"
+    )
 
 
 @pytest.mark.parametrize("datatype", BINARY_ONLY, ids=lambda t: t.name)

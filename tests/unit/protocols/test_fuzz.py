@@ -1,5 +1,6 @@
 """Whatever comes, only errors of our own that are the caller's fault escape, and they stay short."""
 
+import base64
 import copy
 import math
 
@@ -9,17 +10,38 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway import bytestrings
 from gateway.errors import GatewayError
 from gateway.protocols import messagepack, tfserving, v2_infer
 from gateway.protocols.call import check_call
 
-from .support import DIGITS, MAX_BYTES, PAIR, framed, output
+from .support import (
+    ANY_WORDS,
+    DIGITS,
+    MAX_BYTES,
+    PAIR,
+    WORDS,
+    framed,
+    optional,
+    output,
+    signature,
+    spec,
+    strings,
+    unranked,
+    whole,
+)
 
 fuzz = settings(deadline=None)  # a busy machine is no failure
-SIGNATURES = st.sampled_from([DIGITS, PAIR])
+SCALED = signature([spec("s", "BYTES", "N"), optional("x", "FP32", None, 4)])
+FREE = whole([unranked("x", "FP32"), optional("ids", "INT64")])
+SIGNATURES = st.sampled_from([DIGITS, PAIR, WORDS, ANY_WORDS, SCALED, FREE])
 ANSWERS = {
     DIGITS: [output("y", "FP32", [[1, 2, 3, math.nan]])],
     PAIR: [output("label", "INT64", [1]), output("score", "FP32", [[1, 2, 3]])],
+    WORDS: [strings("t", (1,), b"a")],
+    ANY_WORDS: [strings("t", (1, 1), b"")],
+    SCALED: [output("y", "FP32", [[1, 2, 3, 4]])],
+    FREE: [output("y", "FP32", [1.5])],
 }
 SECRET = "s3cret/§"  # matches no grammar of ours: no message may hold it
 
@@ -39,12 +61,24 @@ V2 = [
         "outputs": [{"name": "score", "parameters": {"binary_data": False}}, {"name": "label"}],
     },
     {"inputs": [{"name": "x", "shape": [2, 4], "datatype": "FP32", "data": [1.5] * 8}]},
+    {"inputs": [{"name": "s", "shape": [1, 2], "datatype": "BYTES", "data": [["a", "é"]]}]},
+    {
+        "inputs": [
+            {"name": "s", "shape": [2], "datatype": "BYTES", "data": ["", "b"]},
+            {"name": "x", "shape": [0, 4], "datatype": "FP32", "data": []},
+        ]
+    },
+    {"inputs": [{"name": "x", "shape": [], "datatype": "FP32", "data": 1.5}]},
 ]
 PREDICT = [
     {"signature_name": "", "instances": [[1, 2, 3, 4], [1, 2, 3, 4]]},
     {"instances": [{"inputs": {"x": [1, 2, 3, 4]}}]},
     {"instances": [{"ids": [1], "mask": [True]}, {"ids": [1], "mask": [True]}]},
     {"inputs": {"ids": [[1]], "mask": [[True]]}},
+    {"instances": [["a", {"b64": "AA=="}]]},
+    {"instances": [{"b64": "AA=="}]},
+    {"inputs": {"s": ["a"], "x": [[1, 2, 3, 4]]}},
+    {"inputs": {"x": 1.5, "ids": 2}},
 ]
 
 scalars = (
@@ -135,7 +169,7 @@ def survive(parse, against):
         assert len(refusal.message) < 300
         assert "s3cret" not in refusal.message
         return None
-    assert 1 <= call.rows <= against.max_batch_size
+    assert 1 <= call.rows <= max(1, against.max_batch_size)
     return call
 
 
@@ -232,3 +266,93 @@ def test_the_unchanged_documents_are_good(document):
             lambda: v2_infer.parse_infer(json_text(document).encode(), None, DIGITS), DIGITS
         )
         assert survive(lambda: messagepack.parse_infer(msgpack.packb(document), DIGITS), DIGITS)
+
+
+@st.composite
+def any_strings(draw, elements):
+    """A shape and its elements."""
+    shape = draw(st.lists(st.integers(0, 3), max_size=4).map(tuple))
+    count = math.prod(shape)
+    return shape, draw(st.lists(elements, min_size=count, max_size=count))
+
+
+def nest(values, shape):
+    """The values as lists of the shape."""
+    if not shape:
+        return values[0]
+    step = math.prod(shape[1:])
+    return [nest(values[i * step : (i + 1) * step], shape[1:]) for i in range(shape[0])]
+
+
+def v2_input(shape, data):
+    return {"inputs": [{"name": "s", "shape": shape, "datatype": "BYTES", "data": data}]}
+
+
+def checked(call):
+    """The elements of the call's one input, and its shape."""
+    check_call(call, ANY_WORDS, MAX_BYTES)
+    return call.inputs[0].shape, bytestrings.elements(call.inputs[0].data)
+
+
+@fuzz
+@given(any_strings(st.text(max_size=6)))
+def test_text_in_json_there_and_back(tensor):
+    shape, texts = tensor
+    raw = [text.encode() for text in texts]
+    for data in (texts, nest(texts, shape) if shape else texts):
+        body = orjson.dumps(v2_input(shape, data))
+        call = v2_infer.parse_infer(body, None, ANY_WORDS)
+        assert checked(call) == (shape, raw)
+    body, _ = v2_infer.encode_infer(call, "m", "1", [strings("t", shape, *raw)])
+    assert orjson.loads(body)["outputs"][0]["data"] == texts
+    assert orjson.loads(body)["outputs"][0]["shape"] == list(shape)
+
+
+@fuzz
+@given(any_strings(st.binary(max_size=6)))
+def test_bytes_in_binary_there_and_back(tensor):
+    shape, raw = tensor
+    data = bytestrings.serialise(raw)
+    document = v2_input(shape, None)
+    document["inputs"][0] = {
+        **{k: v for k, v in document["inputs"][0].items() if k != "data"},
+        "parameters": {"binary_data_size": len(data)},
+    }
+    document["parameters"] = {"binary_data_output": True}
+    body, length = framed(document, data)
+    call = v2_infer.parse_infer(body, length, ANY_WORDS)
+    assert checked(call) == (shape, raw)
+    body, length = v2_infer.encode_infer(call, "m", "1", [strings("t", shape, *raw)])
+    assert bytestrings.elements(memoryview(body)[length:]) == raw
+
+
+@fuzz
+@given(any_strings(st.binary(max_size=6)))
+def test_bytes_in_msgpack_there_and_back(tensor):
+    shape, raw = tensor
+    forms = [raw, bytestrings.serialise(raw), nest(raw, shape) if shape else raw]
+    for data in forms:
+        call = messagepack.parse_infer(msgpack.packb(v2_input(shape, data)), ANY_WORDS)
+        assert checked(call) == (shape, raw)
+    body = messagepack.encode_infer(call, "m", "1", [strings("t", shape, *raw)])
+    (entry,) = msgpack.unpackb(body)["outputs"]
+    assert (tuple(entry["shape"]), entry["data"]) == (shape, raw)
+
+
+@fuzz
+@given(any_strings(st.binary(max_size=6)), st.sampled_from(["t", "t_bytes"]))
+def test_bytes_in_predict_there_and_back(tensor, name):
+    shape, raw = tensor
+    if 0 in shape[:-1]:
+        return  # the dims behind a zero are not seen
+    against = whole([unranked("s", "BYTES")], [unranked(name, "BYTES")])
+    encoded = [{"b64": base64.b64encode(value).decode()} for value in raw]
+    body = orjson.dumps({"inputs": {"s": nest(encoded, shape)}})
+    call, row = tfserving.parse_predict(body, against)
+    assert not row
+    assert checked(call) == (shape, raw)
+    answer = tfserving.encode_predict(against, False, [strings(name, shape, *raw)])
+    back, _ = tfserving.parse_predict(
+        orjson.dumps({"inputs": {"s": orjson.loads(answer)["outputs"]}}), against
+    )
+    assert checked(back) == (shape, raw)

@@ -131,6 +131,23 @@ def test_empty_tensors_keep_their_shape():
         assert jsontext.dumps_tensors(value) == text
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("FP32", 0.1, b"0.1"),
+        ("FP64", math.nan, b"NaN"),
+        ("INT64", -(2**63), b"-9223372036854775808"),
+        ("UINT8", 255, b"255"),
+        ("BOOL", True, b"true"),
+    ],
+)
+def test_tensors_without_dims_are_scalars(name, value, text):
+    data = memoryview(np.array(value, DATATYPES[name].dtype).tobytes())
+    assert jsontext.dumps_tensors(jsontext.tensor_data(DATATYPES[name], data, ())) == text
+    flat = jsontext.dumps_tensors(jsontext.tensor_data(DATATYPES[name], data))
+    assert flat == b"[" + text + b"]"
+
+
 def test_dumps_plain_values():
     assert jsontext.dumps({"a": (1, None), "b": "é"}) == '{"a":[1,null],"b":"é"}'.encode()
 

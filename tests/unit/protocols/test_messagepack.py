@@ -6,22 +6,27 @@ import msgpack
 import numpy as np
 import pytest
 
+from gateway.bytestrings import elements, serialise
 from gateway.errors import InvalidRequest
 from gateway.protocols.call import InferCall, WantedOutput, check_call
 from gateway.protocols.messagepack import encode_infer, parse_infer
 from gateway.tensors import DATATYPES
 
 from .support import (
+    ANY_WORDS,
     BINARY_ONLY,
     DIGITS,
     FIXED_SIZE,
     IN_JSON,
     MAX_BYTES,
+    WORDS,
     nested,
     output,
     request,
     signature,
     spec,
+    strings,
+    whole,
     with_input,
 )
 
@@ -63,18 +68,76 @@ def test_binary_only_datatypes_as_array(datatype):
     assert "use binary data" in refusal(one_input(datatype.name, [1, 2]), against)
 
 
+def words(shape, data):
+    return {"inputs": [{"name": "s", "datatype": "BYTES", "shape": shape, "data": data}]}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        [b"\xff\0", b"", b"c", "é".encode()],
+        [[b"\xff\0", ""], ["c", "é"]],
+        serialise([b"\xff\0", b"", b"c", "é".encode()]),
+    ],
+    ids=["flat", "nested", "raw"],
+)
+def test_strings(data):
+    call = parse_infer(msgpack.packb(words([2, 2], data)), WORDS)
+    check_call(call, WORDS, MAX_BYTES)
+    assert elements(call.inputs[0].data) == [b"\xff\0", b"", b"c", "é".encode()]
+
+
+@pytest.mark.parametrize("data", [[b"one"], "one", serialise([b"one"])])
+def test_a_string_without_dims(data):
+    call = parse_infer(msgpack.packb(words([], data)), ANY_WORDS)
+    check_call(call, ANY_WORDS, MAX_BYTES)
+    assert elements(call.inputs[0].data) == [b"one"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ([b"a"], "expected 2 strings for shape [1,2], got 1"),
+        ([b"a", 1], "element 1: expected a string, got an integer"),
+        ([b"a", msgpack.Timestamp(0)], "element 1: expected a string, got an unsupported value"),
+        (b"a\0", "expected 2 strings for shape [1,2], but the data end within a length"),
+        ("ab", "'data' must be an array"),
+        (nested(101), "'data' nests deeper than 100 levels"),
+    ],
+)
+def test_strings_that_are_refused(data, message):
+    assert refusal(words([1, 2], data), WORDS) == f"input 's': {message}"
+
+
+@pytest.mark.parametrize("data", [1.5, [1.5], struct.pack("<f", 1.5)])
+def test_a_number_without_dims(data):
+    model = whole([spec("x", "FP32")])
+    call = parse_infer(msgpack.packb(one_input("FP32", data, [])), model)
+    check_call(call, model, MAX_BYTES)
+    assert call.inputs[0].data in ([1.5], struct.pack("<f", 1.5))
+
+
+def test_answers_hold_strings_in_a_flat_array():
+    outputs = [strings("t", (2, 1), b"\xff", b""), strings("u", (0,))]
+    answer = msgpack.unpackb(encode_infer(InferCall([]), "m", "2", outputs))
+    assert answer["outputs"] == [
+        {"name": "t", "datatype": "BYTES", "shape": [2, 1], "data": [b"\xff", b""]},
+        {"name": "u", "datatype": "BYTES", "shape": [0], "data": []},
+    ]
+
+
 def test_the_fields_are_those_of_v2():
     call = parse_infer(
         msgpack.packb(
             request(
                 id="é",
-                parameters={"timeout": 9, "binary_data_output": False},
+                parameters={"timeout": 9, "priority": 2, "binary_data_output": False},
                 outputs=[{"name": "y", "parameters": {"binary_data": False}}],
             )
         ),
         DIGITS,
     )
-    assert (call.id, call.timeout_us, call.binary_outputs) == ("é", 9, True)
+    assert (call.id, call.timeout_us, call.priority, call.binary_outputs) == ("é", 9, 2, True)
     assert call.outputs == [WantedOutput("y", binary=True)]
 
 

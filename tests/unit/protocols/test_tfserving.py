@@ -4,6 +4,7 @@ import numpy as np
 import orjson
 import pytest
 
+from gateway.bytestrings import elements
 from gateway.errors import InvalidRequest
 from gateway.protocols.call import check_call
 from gateway.protocols.tfserving import (
@@ -14,7 +15,22 @@ from gateway.protocols.tfserving import (
     parse_predict,
 )
 
-from .support import BINARY_ONLY, DIGITS, MAX_BYTES, PAIR, nested, output, signature, spec
+from .support import (
+    ANY_WORDS,
+    BINARY_ONLY,
+    DIGITS,
+    MAX_BYTES,
+    PAIR,
+    WORDS,
+    nested,
+    optional,
+    output,
+    signature,
+    spec,
+    strings,
+    unranked,
+    whole,
+)
 
 SCALAR = signature([spec("x", "FP32", "N")], [spec("y", "FP32", "N")])
 NAMED_INPUTS = signature([spec("inputs", "FP32", "N", 2)])
@@ -140,10 +156,10 @@ def test_another_signature_name(name):
         ({"inputs": {"x": [ROW], "z": [1]}}, "unexpected inference input 'z'"),
         ({"inputs": [ROW], "other": nested(101)}, "deeper than 100 levels"),
         ({"inputs": nested(120)}, "input 'x' nests deeper than 8 levels"),
-        ({"instances": [{"b64": "AA=="}]}, "'x': BYTES tensors are not supported"),
-        ({"instances": [{"x": {"b64": "AA=="}}]}, "'x': BYTES tensors are not supported"),
-        ({"inputs": {"b64": "AA=="}}, "'x': BYTES tensors are not supported"),
-        ({"instances": ["abc"]}, "'x': BYTES tensors are not supported"),
+        ({"instances": [{"b64": "AA=="}]}, "unexpected inference input 'b64'"),
+        ({"instances": [{"x": {"b64": "AA=="}}]}, "input 'x' takes FP32, got strings"),
+        ({"inputs": {"b64": "AA=="}}, "unexpected inference input 'b64'"),
+        ({"instances": ["abc"]}, "input 'x' takes FP32, got strings"),
         (b'{"instances":', "malformed JSON at byte 13"),
     ],
 )
@@ -216,6 +232,176 @@ def test_booleans_out():
     assert body == b'{"predictions":[true,false]}'
 
 
+LINES = signature([spec("s", "BYTES", "N")], [spec("t", "BYTES", "N")])
+"""One string a row."""
+
+B64 = {"b64": "/wA="}
+
+
+def taken(document, against):
+    """Shape and elements of each input of strings."""
+    call, _ = parse(document, against)
+    return {t.name: (t.shape, elements(t.data)) for t in call.inputs}
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"instances": ["é", B64]},
+        {"instances": [{"s": "é"}, {"s": B64}]},
+        {"instances": [{"inputs": {"s": "é"}}, {"inputs": {"s": B64}}]},
+        {"inputs": ["é", B64]},
+        {"inputs": {"s": ["é", B64]}},
+    ],
+)
+def test_strings(document):
+    assert taken(document, LINES) == {"s": ((2,), ["é".encode(), b"\xff\0"])}
+
+
+def test_base64_first_is_a_value_and_no_map_of_inputs():
+    for instances in ([B64, "é"], [{"inputs": B64}, {"inputs": B64}]):
+        ((shape, found),) = taken({"instances": instances}, LINES).values()
+        assert (shape, found[0]) == ((2,), b"\xff\0")
+    assert taken({"inputs": B64}, ANY_WORDS) == {"s": ((), [b"\xff\0"])}
+    with_scale = whole([unranked("s", "BYTES"), optional("o", "FP32")])
+    assert taken({"inputs": B64}, with_scale) == {"s": ((), [b"\xff\0"])}
+
+
+def test_an_input_that_is_named_b64():
+    named = signature([spec("b64", "BYTES", "N")])
+    assert taken({"instances": [{"b64": "AA=="}]}, named) == {"b64": ((1,), [b"AA=="])}
+    assert taken({"inputs": {"b64": ["AA=="]}}, named) == {"b64": ((1,), [b"AA=="])}
+
+
+def test_base64_among_several_inputs():
+    two = signature([spec("s", "BYTES", "N"), spec("k", "INT64", "N")])
+    call, _ = parse({"instances": [{"s": B64, "k": 1}, {"k": 2, "s": "b"}]}, two)
+    assert elements(call.inputs[0].data) == [b"\xff\0", b"b"]
+    assert "unexpected inference input 'b64'" in refusal({"instances": [B64]}, two)
+    assert "unexpected inference input 'b64'" in refusal({"inputs": B64}, two)
+
+
+def test_nested_strings():
+    call = {"instances": [["a", B64], [{"b64": ""}, "\0"]]}
+    assert taken(call, WORDS) == {"s": ((2, 2), [b"a", b"\xff\0", b"", b"\0"])}
+    assert taken({"inputs": [[], []]}, ANY_WORDS) == {"s": ((2, 0), [])}
+    assert taken({"inputs": "a"}, ANY_WORDS) == {"s": ((), [b"a"])}
+
+
+@pytest.mark.parametrize(
+    ("instances", "message"),
+    [
+        ([["a", "b"], ["c"]], "element [1]: expected a list of 2, got 1 elements"),
+        ([["a", "b"], ["c", "d", "e"]], "element [1]: expected a list of 2, got 3 elements"),
+        ([["a", "b"], "c"], "element [1]: expected a list of 2, got a string"),
+        ([["a", "b"], ["c", ["d"]]], "element [1,1]: expected a string, got a list"),
+        ([["a", "b"], ["c", 1]], "element [1,1]: expected a string, got an integer"),
+        ([[1, 2]], "element [0,0]: expected a string, got an integer"),
+        ([["a", {"b64": "AA==", "x": 1}]], "element [0,1]: expected a string, got an object"),
+        ([["a", {"b64": 7}]], "element [0,1]: 'b64' must be a string, got an integer"),
+        ([["a", {"b64": "AA"}]], "element [0,1]: 'b64' is not base64 with padding"),
+        ([["a", {"b64": "A-_="}]], "element [0,1]: 'b64' is not base64 with padding"),
+        ([["a", {"b64": "AA==\n"}]], "element [0,1]: 'b64' is not base64 with padding"),
+        ([["a", {"b64": "é==="}]], "element [0,1]: 'b64' is not base64 with padding"),
+    ],
+)
+def test_strings_that_are_refused(instances, message):
+    assert refusal({"instances": instances}, WORDS) == f"input 's': {message}"
+
+
+def test_strings_of_another_shape():
+    assert refusal({"instances": ["a"]}, WORDS) == (
+        "unexpected shape for input 's': expected [-1,2], got [1]"
+    )
+    assert refusal({"inputs": 7}, ANY_WORDS) == "input 's': data: expected a string, got an integer"
+    body = b'{"instances":[["a","\\ud800"]],"note":NaN}'
+    assert refusal(body, WORDS) == "input 's': element [0,1]: a string must be Unicode text"
+
+
+def test_whole_models():
+    model = whole([spec("x", "FP32", 3)], [spec("y", "FP32", 3)])
+    for document in ({"inputs": [1, 2, 3]}, {"instances": [1, 2, 3]}):
+        call, _ = parse(document, model)
+        assert (call.rows, call.inputs[0].shape) == (1, (3,))
+    assert "expected [3], got [1,3]" in refusal({"inputs": [[1, 2, 3]]}, model)
+
+
+@pytest.mark.parametrize("document", [{"inputs": 7}, {"inputs": {"x": 7}}])
+def test_a_number_without_dims(document):
+    call, _ = parse(document, whole([spec("x", "FP32")]))
+    assert (call.inputs[0].shape, call.inputs[0].data, call.inputs[0].strict) == ((), [7], False)
+
+
+def test_optional_inputs():
+    model = signature([spec("x", "FP32", "N"), optional("by", "FP32")])
+    assert tensors(parse({"instances": [1.0, 2.0]}, model)[0]) == {"x": ("FP32", (2,), [1.0, 2.0])}
+    call, _ = parse({"inputs": {"x": [1.0, 2.0], "by": 3.0}}, model)
+    assert tensors(call)["by"] == ("FP32", (), [3.0])
+    assert refusal({"instances": [{"x": 1.0, "by": 3.0}]}, model) == (
+        "input 'by' is not given row by row: use 'inputs' in place of 'instances'"
+    )
+    assert "unexpected inference input 'z'" in refusal({"instances": [{"x": 1.0, "z": 1}]}, model)
+    assert tensors(parse({"inputs": 7}, whole([optional("by", "FP32")]))[0]) == {
+        "by": ("FP32", (), [7])
+    }
+
+
+@pytest.mark.parametrize("row", [True, False])
+def test_strings_out(row):
+    (answer,) = orjson.loads(
+        encode_predict(WORDS, row, [strings("t", (2, 2), b"a", b"\xff", "é".encode(), b"")])
+    ).values()
+    assert answer == [["a", {"b64": "/w=="}], ["é", ""]]
+
+
+def test_outputs_named_bytes_are_base64():
+    model = signature(
+        [spec("x", "FP32", "N")], [spec("a_bytes", "BYTES", "N"), spec("b", "BYTES", "N")]
+    )
+    outputs = [strings("a_bytes", (2,), b"a", b""), strings("b", (2,), b"a", b"null")]
+    a, b = [{"b64": "YQ=="}, {"b64": ""}], ["a", "null"]
+    assert orjson.loads(encode_predict(model, False, outputs)) == {
+        "outputs": {"a_bytes": a, "b": b}
+    }
+    assert orjson.loads(encode_predict(model, True, outputs)) == {
+        "predictions": [{"a_bytes": a[0], "b": b[0]}, {"a_bytes": a[1], "b": b[1]}]
+    }
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (2, 0), (0, 2), (2, 1, 3), (1,) * 8])
+def test_shapes_of_strings_out(shape):
+    count = math.prod(shape)
+    expected = np.array([str(n) for n in range(count)], object).reshape(shape).tolist()
+    made = strings("t", shape, *(str(n).encode() for n in range(count)))
+    (answer,) = orjson.loads(encode_predict(ANY_WORDS, False, [made])).values()
+    assert answer == expected
+
+
+def test_outputs_without_dims():
+    model = whole([], [spec("y", "FP32"), spec("k", "INT64")])
+    outputs = [output("y", "FP32", np.array(math.nan)), output("k", "INT64", np.array(3))]
+    assert encode_predict(model, False, outputs) == b'{"outputs":{"y":NaN,"k":3}}'
+
+
+@pytest.mark.parametrize(
+    ("outputs", "name"),
+    [
+        ([output("y", "FP32", np.array(1.0))], "y"),
+        ([output("y", "FP32", [1, 2]), output("k", "INT64", np.array(3))], "k"),
+        ([output("y", "FP32", [1, 2]), output("k", "INT64", [3])], "k"),
+        ([strings("t", (), b"a")], "t"),
+    ],
+)
+def test_outputs_without_rows_for_a_request_in_rows(outputs, name):
+    model = whole([], [spec(o.name, o.datatype.name, *o.shape) for o in outputs])
+    with pytest.raises(InvalidRequest) as caught:
+        encode_predict(model, True, outputs)
+    assert caught.value.message == (
+        f"output '{name}' has no row for each prediction: use 'inputs' in place of 'instances'"
+    )
+    encode_predict(model, False, outputs)
+
+
 def test_model_status():
     assert model_status(
         [VersionStatus("1", "AVAILABLE"), VersionStatus("2", "END", "INTERNAL", "broken")]
@@ -251,3 +437,12 @@ def test_metadata():
         }
     }
     assert list(default["outputs"]) == ["y"]
+
+
+def test_metadata_of_whole_models():
+    model = whole([unranked("x", "BYTES"), spec("k", "INT64")])
+    document = metadata("m", "3", model)["metadata"]["signature_def"]["signature_def"]
+    inputs = document["serving_default"]["inputs"]
+    assert inputs["x"]["dtype"] == "DT_STRING"
+    assert inputs["x"]["tensor_shape"] == {"dim": [], "unknown_rank": True}
+    assert inputs["k"]["tensor_shape"] == {"dim": [], "unknown_rank": False}

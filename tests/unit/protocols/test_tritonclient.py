@@ -6,12 +6,13 @@ import pytest
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
+from gateway.bytestrings import elements
 from gateway.errors import InvalidRequest
 from gateway.protocols.call import OutputTensor, WantedOutput, check_call
 from gateway.protocols.v2_infer import encode_infer, parse_infer
 from gateway.tensors import DATATYPES
 
-from .support import FIXED_SIZE, MAX_BYTES, PAIR, signature, spec
+from .support import FIXED_SIZE, MAX_BYTES, PAIR, WORDS, signature, spec, strings, whole
 
 # What set_data_from_numpy wants for each datatype; BF16 has no dtype of NumPy's own.
 NUMPY = {t.name: np.dtype(t.numpy) for t in FIXED_SIZE} | {"BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -111,7 +112,7 @@ def test_options():
         ],
         parameters={"mine": "x"},
     )
-    assert (call.id, call.timeout_us) == ("réq", 2500)
+    assert (call.id, call.timeout_us, call.priority) == ("réq", 2500, 1)
     assert call.outputs == [WantedOutput("score", True), WantedOutput("label", False)]
     result = receive(
         call, [raw_output("label", "INT64", [7]), raw_output("score", "FP32", [[1, 2, 3]])]
@@ -149,8 +150,31 @@ def test_what_is_not_offered_is_refused():
     made.set_shared_memory("r", 8)
     with pytest.raises(InvalidRequest, match="client shared memory is not enabled"):
         send([made], against)
-    strings = InferInput("x", [1, 1], "BYTES")
-    for binary in (True, False):
-        strings.set_data_from_numpy(np.array([["a"]], object), binary_data=binary)
-        with pytest.raises(InvalidRequest, match="BYTES tensors are not supported"):
-            send([strings], against)
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_strings_go_there_and_come_back(binary):
+    array = np.array([["a", "é\0"], ["", "null"]], object)
+    made = InferInput("s", [2, 2], "BYTES")
+    made.set_data_from_numpy(array, binary_data=binary)
+    call = send([made], WORDS, outputs=[InferRequestedOutput("t", binary_data=binary)])
+    assert call.rows == 2
+    sent = [text.encode() for text in array.ravel()]
+    assert elements(call.inputs[0].data) == sent
+    got = receive(call, [strings("t", (2, 2), *sent)]).as_numpy("t")
+    assert got.shape == (2, 2)
+    assert [v if isinstance(v, bytes) else v.encode() for v in got.ravel()] == sent
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_tensors_without_dims_go_there_and_come_back(binary):
+    model = whole([spec("x", "FP64")], [spec("y", "FP64")])
+    call = send(
+        [client_input("x", "FP64", np.array(1.5), binary)],
+        model,
+        outputs=[InferRequestedOutput("y", binary_data=binary)],
+    )
+    assert (call.rows, call.inputs[0].shape) == (1, ())
+    assert values(call.inputs[0]) == 1.5
+    got = receive(call, [raw_output("y", "FP64", np.array(2.5))]).as_numpy("y")
+    assert (got.shape, got.item()) == ((), 2.5)

@@ -2,7 +2,7 @@ import gateway
 from gateway.protocols import v2_documents as documents
 from gateway.protocols.jsontext import dumps
 
-from .support import DIGITS, PAIR, signature, spec
+from .support import DIGITS, PAIR, optional, signature, spec, unranked, whole
 
 
 def config(against=PAIR, **changes):
@@ -58,6 +58,33 @@ def test_model_config_without_batching():
     document = config(signature([spec("x", "BYTES", 1, None)], max_batch_size=0))
     assert document["input"] == [{"name": "x", "data_type": "TYPE_STRING", "dims": [1, -1]}]
     assert "dynamic_batching" not in document
+
+
+def test_documents_of_optional_inputs():
+    model = signature([spec("x", "FP32", "N", 4), optional("by", "FP32", 2, "K")])
+    assert config(model)["input"] == [
+        {"name": "x", "data_type": "TYPE_FP32", "dims": [4]},
+        {"name": "by", "data_type": "TYPE_FP32", "dims": [2, -1], "optional": True},
+    ]
+    assert documents.model_metadata("m", ["1"], model)["inputs"][1] == {
+        "name": "by", "datatype": "FP32", "shape": [2, -1],
+    }  # fmt: skip
+
+
+def test_documents_of_whole_models():
+    model = whole([unranked("x", "FP32"), spec("k", "INT64")], [unranked("y", "BYTES")])
+    document = config(model)
+    assert document["max_batch_size"] == 0
+    assert [entry["dims"] for entry in document["input"]] == [[-1], []]
+    assert document["output"] == [{"name": "y", "data_type": "TYPE_STRING", "dims": [-1]}]
+    metadata = documents.model_metadata("m", ["1"], model)
+    assert [entry["shape"] for entry in metadata["inputs"]] == [[-1], []]
+    assert metadata["outputs"] == [{"name": "y", "datatype": "BYTES", "shape": [-1]}]
+
+
+def test_an_output_of_unknown_rank_in_a_batched_model():
+    model = signature([spec("x", "FP32", "N")], [unranked("y", "FP32")])
+    assert config(model)["output"][0]["dims"] == [-1]
 
 
 def test_model_config_instance_groups():

@@ -5,6 +5,7 @@ import numpy as np
 import orjson
 import pytest
 
+from gateway.bytestrings import elements, serialise
 from gateway.errors import InvalidRequest
 from gateway.protocols.call import InferCall, WantedOutput, check_call
 from gateway.protocols.v2_infer import (
@@ -14,16 +15,22 @@ from gateway.protocols.v2_infer import (
 )
 
 from .support import (
+    ANY_WORDS,
     DIGITS,
     IN_JSON,
     MAX_BYTES,
     PAIR,
+    WORDS,
     framed,
     nested,
+    optional,
     output,
     request,
     signature,
     spec,
+    strings,
+    unranked,
+    whole,
     with_input,
 )
 
@@ -91,7 +98,16 @@ def test_tokens_in_data():
         (with_input(datatype="fp32"), "'datatype' must be one of"),
         (with_input(datatype=["FP32"]), "'datatype' must be one of"),
         (with_input(datatype="INT8"), "has datatype INT8, expected FP32"),
-        (with_input(datatype="BYTES"), "BYTES tensors are not supported by this model"),
+        (with_input(datatype="BYTES"), "input 'x': element 0: expected a string, got an integer"),
+        (with_input(datatype="BYTES", data=["a"] * 8), "has datatype BYTES, expected FP32"),
+        (with_input(shape=[], data=None), "needs 'data' or 'binary_data_size'"),
+        (with_input(shape=[], data={}), "'data' must be an array"),
+        (with_input(shape=[]), "unexpected shape for input 'x': expected [-1,4], got []"),
+        (with_input(parameters={"triton_x": 1}), "input 'x': parameter 'triton_x': names with"),
+        (
+            request(outputs=[{"name": "y", "parameters": {"triton_y": True}}]),
+            "output 'y': parameter 'triton_y': names with 'triton_' are reserved",
+        ),
         (with_input(data=None), "input 'x': needs 'data' or 'binary_data_size'"),
         (with_input(data="abcd"), "input 'x': 'data' must be an array"),
         (with_input(data=5), "input 'x': 'data' must be an array"),
@@ -203,6 +219,93 @@ def test_id_is_kept_and_must_be_text():
 )
 def test_timeout(sent, kept):
     assert parse(request(parameters={"timeout": sent})).timeout_us == kept
+
+
+@pytest.mark.parametrize("level", [0, 1, 2**64 - 1])
+def test_priority(level):
+    assert parse(request(parameters={"priority": level})).priority == level
+    assert parse(request()).priority == 0
+
+
+def one_input(name, datatype, shape, data):
+    return {"inputs": [{"name": name, "datatype": datatype, "shape": shape, "data": data}]}
+
+
+@pytest.mark.parametrize("data", [7, [7], [[7]]])
+def test_a_tensor_without_dims(data):
+    model = whole([spec("x", "INT64")])
+    call = parse(one_input("x", "INT64", [], data), model)
+    check_call(call, model, MAX_BYTES)
+    assert np.array(call.inputs[0].data).ravel().tolist() == [7]
+    assert call.inputs[0].shape == ()
+    assert isinstance(call.inputs[0].data, list)
+
+
+def test_a_tensor_without_elements():
+    model = whole([unranked("x", "FP64")])
+    call = parse(one_input("x", "FP64", [2, 0, 3], []), model)
+    check_call(call, model, MAX_BYTES)
+    assert (call.inputs[0].shape, call.inputs[0].data) == ((2, 0, 3), [])
+
+
+@pytest.mark.parametrize(
+    "data", [["a", "é\0", "", "d"], [["a", "é\0"], ["", "d"]], [["a"], "é\0", [["", "d"]]]]
+)
+def test_strings_in_json(data):
+    call = parse(one_input("s", "BYTES", [2, 2], data), WORDS)
+    check_call(call, WORDS, MAX_BYTES)
+    assert elements(call.inputs[0].data) == [b"a", "é\0".encode(), b"", b"d"]
+
+
+@pytest.mark.parametrize("data", ["one", ["one"]])
+def test_a_string_without_dims(data):
+    call = parse(one_input("s", "BYTES", [], data), ANY_WORDS)
+    check_call(call, ANY_WORDS, MAX_BYTES)
+    assert elements(call.inputs[0].data) == [b"one"]
+
+
+@pytest.mark.parametrize(
+    ("shape", "data", "message"),
+    [
+        ([1, 2], ["a"], "input 's': expected 2 strings for shape [1,2], got 1"),
+        ([1, 2], [["a", "b", "c"]], "input 's': expected 2 strings for shape [1,2], got 3"),
+        ([1, 2], ["a", 1], "input 's': element 1: expected a string, got an integer"),
+        ([1, 2], [["a"], [None]], "input 's': element 1: expected a string, got null"),
+        ([1, 2], [{"b64": "AA=="}, "b"], "input 's': element 0: expected a string, got an object"),
+        ([1, 2], [True, "b"], "input 's': element 0: expected a string, got a boolean"),
+        ([1, 2], [0.5, "b"], "input 's': element 0: expected a string, got a float"),
+        ([1, 2], "ab", "input 's': 'data' must be an array"),
+        ([1, 2], nested(101), "input 's': 'data' nests deeper than 100 levels"),
+        ([1, 3], ["a"] * 3, "unexpected shape for input 's': expected [-1,2], got [1,3]"),
+    ],
+)
+def test_strings_that_are_refused(shape, data, message):
+    assert refusal(one_input("s", "BYTES", shape, data), WORDS) == message
+
+
+def test_strings_nest_up_to_the_limit():
+    call = parse(one_input("s", "BYTES", [0], nested(100)), ANY_WORDS)
+    check_call(call, ANY_WORDS, MAX_BYTES)
+
+
+def test_text_that_is_not_unicode():
+    body = orjson.dumps(one_input("s", "BYTES", [2], ["a", "NaN"]))
+    assert refusal(body.replace(b'"NaN"', b'"\\ud800",NaN'), ANY_WORDS) == (
+        "input 's': element 1: a string must be Unicode text"
+    )
+
+
+def test_strings_in_binary():
+    raw = serialise([b"\xff\0", b""])
+    document = one_input("s", "BYTES", [1, 2], None)
+    del document["inputs"][0]["data"]
+    document["inputs"][0]["parameters"] = {"binary_data_size": len(raw)}
+    body, length = framed(document, raw)
+    call = parse_infer(body, length, WORDS)
+    check_call(call, WORDS, MAX_BYTES)
+    assert bytes(call.inputs[0].data) == raw
+    body, length = framed(document, raw[:-4], serialise([b""])[:3], b"\1")
+    assert "but the data end within a string" in refusal(body, WORDS, length)
 
 
 def test_wanted_outputs_take_the_requests_default():
@@ -340,11 +443,43 @@ def test_raw_mode_of_one_element():
 
 
 def test_raw_mode_needs_one_plain_input():
-    assert "one input, this one has 2" in refusal(bytes(8), PAIR, "0")
+    assert "one required input, this one has 2" in refusal(bytes(8), PAIR, "0")
     wide = signature([spec("x", "INT16", "N", None, "T")])
     assert "at most one variable dim, 'x' has 2" in refusal(bytes(8), wide, "0")
-    strings = signature([spec("x", "BYTES", "N", 1)])
-    assert "BYTES tensors are not supported" in refusal(bytes(8), strings, "0")
+    assert refusal(b"a", WORDS, "0") == "a raw request holds one string, input 's' takes several"
+    lone = signature([optional("x", "FP32")])
+    assert "one required input, this one has 0" in refusal(bytes(4), lone, "0")
+
+
+@pytest.mark.parametrize(
+    ("declared", "shape"), [((), ()), ((2, 3), (2, 3)), (("N", 2), (3, 2)), (("N",), (6,))]
+)
+def test_raw_mode_of_whole_models(declared, shape):
+    model = whole([spec("x", "INT16", *declared), optional("o", "FP32")])
+    call = parse_infer(bytes(2 * math.prod(shape)), "0", model)
+    check_call(call, model, MAX_BYTES)
+    assert (call.rows, call.inputs[0].shape) == (1, shape)
+    assert len(call.inputs) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (signature([spec("s", "BYTES", "N")]), (1,)),
+        (signature([spec("s", "BYTES", "N", 1)]), (1, 1)),
+        (signature([spec("s", "BYTES", "N", "T")]), (1, 1)),
+        (whole([spec("s", "BYTES", 1)]), (1,)),
+        (whole([spec("s", "BYTES", "N")]), (1,)),
+        (whole([spec("s", "BYTES")]), ()),
+        (ANY_WORDS, (1,)),
+    ],
+)
+@pytest.mark.parametrize("body", [b"", b"\xff\0 a string \x05\0\0\0"])
+def test_raw_mode_of_a_string(model, shape, body):
+    call = parse_infer(body, "0", model)
+    check_call(call, model, MAX_BYTES)
+    assert call.inputs[0].shape == shape
+    assert elements(call.inputs[0].data) == [body]
 
 
 OUTPUTS = [output("label", "INT64", [3, 4]), output("score", "FP32", [[0.5, 1, 2], [3, 4, 5]])]
@@ -404,6 +539,44 @@ def test_encode_an_empty_binary_output():
     )
     assert length == len(body)
     assert orjson.loads(body)["outputs"][0]["parameters"] == {"binary_data_size": 0}
+
+
+def test_encode_without_dims():
+    (entry,) = orjson.loads(
+        encode_infer(InferCall([]), "m", "1", [output("y", "FP32", np.array(1.5))])[0]
+    )["outputs"]
+    assert (entry["shape"], entry["data"]) == ([], [1.5])
+
+
+def test_encode_strings():
+    outputs = [strings("t", (2, 1), "é\0".encode(), b""), strings("u", (0, 3))]
+    entries = orjson.loads(encode_infer(InferCall([]), "m", "1", outputs)[0])["outputs"]
+    assert entries == [
+        {"name": "t", "datatype": "BYTES", "shape": [2, 1], "data": ["é\0", ""]},
+        {"name": "u", "datatype": "BYTES", "shape": [0, 3], "data": []},
+    ]
+    body, length = encode_infer(InferCall([], binary_outputs=True), "m", "1", outputs)
+    sizes = [e["parameters"]["binary_data_size"] for e in orjson.loads(body[:length])["outputs"]]
+    assert sizes == [11, 0]
+    assert elements(memoryview(body)[length:]) == ["é\0".encode(), b""]
+
+
+def test_strings_that_json_cannot_hold():
+    outputs = [strings("t", (2,), b"null", b"\xff")]
+    with pytest.raises(InvalidRequest) as caught:
+        encode_infer(InferCall([]), "m", "1", outputs)
+    assert caught.value.message == (
+        "output 't': element 1 is not UTF-8 and has no JSON form, "
+        "use binary data (the v2 binary extension or msgpack)"
+    )
+    encode_infer(InferCall([], outputs=[WantedOutput("t", binary=True)]), "m", "1", outputs)
+
+
+def test_strings_beside_tokens():
+    outputs = [strings("t", (1,), b"null NaN"), output("y", "FP32", [math.nan])]
+    body, _ = encode_infer(InferCall([]), "m", "1", outputs)
+    assert b'"data":["null NaN"]' in body
+    assert b'"data":[NaN]' in body
 
 
 def test_encode_tokens():

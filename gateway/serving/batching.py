@@ -1,0 +1,197 @@
+"""Whether a model's requests may share a batch, and the run-time tests of that.
+
+A first dim that varies by name looks like a batch in many graphs that mix rows: a sequence, a mean over
+the first dim, a quantisation whose scale is taken from the whole batch. Requests of different clients
+must not share a run then. So a graph must look like it, and rows must answer the same alone, together,
+and beside rows of quite another size.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from gateway.errors import LoadError
+from gateway.serving.plan import LoadPlan
+from gateway.serving.samples import Arrays, Sample, candidates
+from gateway.serving.session import ModelSession, RunError
+from gateway.tensors import Signature, TensorSpec
+
+DEFAULT_MAX_BATCH_SIZE = 64
+"""Rows a batch where the graph allows batching and no setting says otherwise."""
+
+ROWS = 3
+"""Of the tests: a first, a middle and a last one."""
+
+LOUD = 64
+"""How much larger the mates' values are in the last test: a scale taken from the batch shows."""
+
+_TOLERANCES = {"FP16": 5e-3, "BF16": 4e-2}
+"""Of an answer's largest value, by datatype; kernels round differently at other batch sizes."""
+
+_TOLERANCE = 1e-4
+
+_NOT_EXACT = frozenset(
+    {
+        "DynamicQuantizeLinear",
+        "com.microsoft::DynamicQuantizeMatMul",
+        "com.microsoft::DynamicQuantizeLSTM",
+    }
+)
+"""Operators that make rows depend on each other by so little that no tolerance is allowed."""
+
+
+def declared(session: ModelSession, plan: LoadPlan) -> tuple[Signature, str]:
+    """What settings and graph say, and why; the tests may say otherwise.
+
+    Raises:
+        LoadError: the settings ask for what the graph cannot do.
+    """
+    whole = Signature(session.inputs, session.outputs, 0, (), plan.padding)
+    asked = plan.max_batch_size
+    if plan.allowed_batch_sizes:
+        asked = plan.allowed_batch_sizes[-1]
+    if asked == 0:
+        return whole, "one request at a time: max_batch_size is 0"
+    required = [spec for spec in session.inputs if not spec.optional]
+    reason = _no_batch(required, session.outputs, is_asked=asked is not None)
+    if reason is not None:
+        return whole, f"one request at a time: {reason}"
+    size = asked or DEFAULT_MAX_BATCH_SIZE
+    batched = replace(whole, max_batch_size=size, allowed_batch_sizes=plan.allowed_batch_sizes)
+    why = (
+        "its settings say so"
+        if asked is not None
+        else f"inputs and outputs share the symbolic first dim '{(required[0].shape or ('?',))[0]}'"
+    )
+    return batched, f"batches of up to {size} rows: {why}"
+
+
+def _no_batch(
+    inputs: list[TensorSpec], outputs: tuple[TensorSpec, ...], *, is_asked: bool
+) -> str | None:
+    """Why the graph has no batch dim; None if it may have one. LoadError: settings insist on one."""
+    if not inputs:
+        return "no input is required"
+    firsts = {spec.name: (spec.shape or (0,))[0] for spec in (*inputs, *outputs)}
+    for spec in inputs:
+        if isinstance(firsts[spec.name], int) and is_asked:
+            raise LoadError(
+                f"max_batch_size is set, but the first dim of input '{spec.name}' is not variable: "
+                f"its shape is {list(spec.shape or ())}"
+            )
+    for spec in (*inputs, *outputs):
+        if isinstance(firsts[spec.name], int):
+            return f"the first dim of '{spec.name}' is not variable"
+    names = set(firsts.values())
+    if not is_asked and (len(names) > 1 or None in names):
+        return "the first dims of inputs and outputs are not one symbolic dim"
+    for spec in (*inputs, *outputs):
+        batch = firsts[spec.name]
+        if isinstance(batch, str) and batch in (spec.shape or ())[1:]:
+            return f"'{spec.name}' has the batch dim '{batch}' inside, too"
+    return None
+
+
+def tested(
+    session: ModelSession, signature: Signature, plan: LoadPlan, ops: frozenset[str]
+) -> tuple[Signature, str | None, Sample | None]:
+    """Try whether rows are independent, where they are to be batched.
+
+    Returns:
+        The signature, whole if they are not; why, None where the declaration stands; and a sample
+        that the model takes, None where no sample did.
+    """
+    sample = find_sample(session, signature)
+    if not signature.is_batched:
+        return signature, None, sample
+    if sample is None:
+        if plan.max_batch_size is not None or plan.allowed_batch_sizes:
+            return signature, None, None
+        reason = "no made-up input ran, so it is not known whether rows are independent"
+    else:
+        found = _dependence(session, sample, is_exact=bool(ops & _NOT_EXACT))
+        if found is None or (plan.accept_batch_effects and found == _EFFECT):
+            return signature, None, sample
+        reason = found
+    whole = replace(signature, max_batch_size=0, allowed_batch_sizes=())
+    if sample is not None:
+        dims = tuple((ROWS, *inner) for inner in sample.dims)
+        sample = replace(sample, dims=dims, has_rows=False)
+    return whole, f"one request at a time: {reason}", sample
+
+
+_EFFECT = (
+    "its rows' answers change with the other rows of a batch "
+    "(accept_batch_effects would batch them all the same)"
+)
+
+
+def find_sample(session: ModelSession, signature: Signature) -> Sample | None:
+    """The first made-up input on which the model runs."""
+    for sample in candidates(signature):
+        try:
+            session.run_arrays(sample.arrays(ROWS))
+        except RunError:
+            continue
+        return sample
+    return None
+
+
+def _dependence(session: ModelSession, sample: Sample, *, is_exact: bool) -> str | None:
+    """How rows depend on each other, None if they do not as far as these runs show."""
+    arrays = sample.arrays(ROWS)
+    try:
+        together = session.run_arrays(arrays)
+        alone = [
+            session.run_arrays({name: a[i : i + 1].copy() for name, a in arrays.items()})
+            for i in range(ROWS)
+        ]
+    except RunError:
+        return "it does not run on each number of rows"
+    for spec, output, *rows in zip(session.outputs, together, *alone, strict=True):
+        if output.ndim == 0 or len(output) != ROWS or any(len(row) != 1 for row in rows):
+            return f"output '{spec.name}' does not have a row for each row of the inputs"
+        for i, row in enumerate(rows):
+            if not _same(spec, output[i : i + 1], row, is_exact=is_exact):
+                return _EFFECT
+    for quiet in (0, ROWS - 1):
+        try:
+            mixed = session.run_arrays(_loud(sample, arrays, quiet))
+        except RunError:
+            continue  # the loud values are outside of the model's domain
+        for spec, output, row in zip(session.outputs, mixed, alone[quiet], strict=True):
+            if not _same(spec, output[quiet : quiet + 1], row, is_exact=is_exact):
+                return _EFFECT
+    return None
+
+
+def _loud(sample: Sample, arrays: Arrays, quiet: int) -> Arrays:
+    """The same rows, all but one of them with large values where they are floating point."""
+    changed = {}
+    for spec in sample.inputs:
+        array = arrays[spec.name].copy()
+        if array.dtype.kind == "f":
+            kept = array[quiet].copy()
+            array = array * np.asarray(LOUD, array.dtype)
+            array[quiet] = kept
+        changed[spec.name] = array
+    return changed
+
+
+def _same(spec: TensorSpec, a: npt.NDArray[Any], b: npt.NDArray[Any], *, is_exact: bool) -> bool:
+    if a.shape != b.shape:
+        return False
+    name = spec.datatype.name
+    if name == "BF16":
+        a, b = ((x.astype(np.uint32) << 16).view(np.float32) for x in (a, b))
+    if a.dtype.kind != "f" or is_exact:
+        return np.array_equal(a, b, equal_nan=a.dtype.kind == "f")
+    finite = np.abs(b[np.isfinite(b)].astype(np.float64))
+    scale = float(finite.max()) if finite.size else 0.0
+    tolerance = _TOLERANCES.get(name, _TOLERANCE)
+    wide_a, wide_b = a.astype(np.float64), b.astype(np.float64)
+    return np.allclose(wide_a, wide_b, rtol=tolerance, atol=tolerance * scale, equal_nan=True)

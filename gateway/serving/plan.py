@@ -1,0 +1,130 @@
+"""What a worker is told to load, and how: one model's settings as plain values."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gateway.tensors import Padding
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where a model runs: ``cpu``, ``cuda`` with an ordinal, or the name of an execution provider."""
+
+    text: str
+
+    @property
+    def provider(self) -> str:
+        """The name of ONNX Runtime's execution provider."""
+        kind = self.text.partition(":")[0]
+        return {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind, kind)
+
+    @property
+    def own_options(self) -> dict[str, str]:
+        """Options of the provider that follow from the device's name."""
+        kind, _, ordinal = self.text.partition(":")
+        return {"device_id": ordinal} if kind == "cuda" else {}
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How ONNX Runtime is to run a model; see `gateway.settings` for what each one bounds."""
+
+    device: str = "cpu"
+    provider_options: tuple[tuple[str, str], ...] = ()
+    threads: int = 1
+    inter_op_threads: int = 1
+    execution_mode: str = "sequential"
+    graph_optimization: str = "all"
+    memory_pattern: bool = True
+    cpu_arena: bool = True
+    config: tuple[tuple[str, str], ...] = ()
+    cache_folder: str | None = None
+
+    def shapes_graph(self) -> dict[str, object]:
+        """What of it decides about the optimised graph."""
+        return {
+            "device": self.device,
+            "provider_options": sorted(self.provider_options),
+            "graph_optimization": self.graph_optimization,
+            "config": sorted(self.config),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class LoadPlan:
+    """A version's file and how to serve it.
+
+    Attributes:
+        path: the .onnx file.
+        execution: how to run it.
+        max_batch_size: rows a batch; 0: one request at a time; None: decided from the graph.
+        allowed_batch_sizes: what batches are padded to; empty: any number of rows.
+        accept_batch_effects: batch although rows were found to change each other's answers.
+        padding: by symbolic dim.
+        warmup: run the model before it takes requests.
+        warmup_samples: an .npz file to warm up with.
+        memory_bytes: most memory that loading may take; None: no limit of the model's own.
+        memory_left_bytes: what the server has left; None: nobody counts.
+    """
+
+    path: str
+    execution: Execution = Execution()
+    max_batch_size: int | None = None
+    allowed_batch_sizes: tuple[int, ...] = ()
+    accept_batch_effects: bool = False
+    padding: tuple[Padding, ...] = ()
+    warmup: bool = True
+    warmup_samples: str | None = None
+    memory_bytes: int | None = None
+    memory_left_bytes: int | None = None
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain values for a message between processes."""
+        wire = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return wire | {
+            "execution": asdict(self.execution),
+            "padding": [padding.to_wire() for padding in self.padding],
+        }
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> LoadPlan:
+        """The inverse of `to_wire`."""
+        execution = dict(wire["execution"])
+        for name in ("provider_options", "config"):
+            execution[name] = tuple((key, value) for key, value in execution[name])
+        return cls(
+            **wire
+            | {
+                "execution": Execution(**execution),
+                "allowed_batch_sizes": tuple(wire["allowed_batch_sizes"]),
+                "padding": tuple(Padding.from_wire(padding) for padding in wire["padding"]),
+            }
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Understanding:
+    """What loading found out about a model, in words for operators.
+
+    Attributes:
+        batching: how its requests are batched, and why.
+        outputs: how its outputs travel, and why.
+        notes: what an operator should know or may want to change.
+        resident_bytes: memory of the worker once the model is warm.
+    """
+
+    batching: str
+    outputs: str
+    notes: tuple[str, ...] = ()
+    resident_bytes: int = 0
+
+    def to_wire(self) -> dict[str, Any]:
+        """Plain values for a message between processes."""
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, wire: dict[str, Any]) -> Understanding:
+        """The inverse of `to_wire`."""
+        return cls(**wire | {"notes": tuple(wire["notes"])})

@@ -1,0 +1,1 @@
+"""The onnx package's own backend tests, served over HTTP. `run.py` runs all of them."""
