@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from gateway.errors import LoadError
+from gateway.protocols.call import show_name
+from gateway.serving import geometry
 from gateway.serving.plan import LoadPlan
 from gateway.serving.samples import Arrays, Sample, candidates
 from gateway.serving.session import ModelSession, RunError
@@ -65,7 +67,7 @@ def declared(session: ModelSession, plan: LoadPlan) -> tuple[Signature, str]:
     why = (
         "its settings say so"
         if asked is not None
-        else f"inputs and outputs share the symbolic first dim '{(required[0].shape or ('?',))[0]}'"
+        else f"inputs and outputs share the symbolic first dim {show_name((required[0].shape or ('?',))[0])}"
     )
     return batched, f"batches of up to {size} rows: {why}"
 
@@ -80,19 +82,19 @@ def _no_batch(
     for spec in inputs:
         if isinstance(firsts[spec.name], int) and is_asked:
             raise LoadError(
-                f"max_batch_size is set, but the first dim of input '{spec.name}' is not variable: "
+                f"max_batch_size is set, but the first dim of input {show_name(spec.name)} is not variable: "
                 f"its shape is {list(spec.shape or ())}"
             )
     for spec in (*inputs, *outputs):
         if isinstance(firsts[spec.name], int):
-            return f"the first dim of '{spec.name}' is not variable"
+            return f"the first dim of {show_name(spec.name)} is not variable"
     names = set(firsts.values())
     if not is_asked and (len(names) > 1 or None in names):
         return "the first dims of inputs and outputs are not one symbolic dim"
     for spec in (*inputs, *outputs):
         batch = firsts[spec.name]
         if isinstance(batch, str) and batch in (spec.shape or ())[1:]:
-            return f"'{spec.name}' has the batch dim '{batch}' inside, too"
+            return f"{show_name(spec.name)} has the batch dim {show_name(batch)} inside, too"
     return None
 
 
@@ -105,10 +107,13 @@ def tested(
         The signature, whole if they are not; why, None where the declaration stands; and a sample
         that the model takes, None where no sample did.
     """
-    sample = find_sample(session, signature)
+    sample = find_sample(session, signature, is_bounded=plan.memory_bytes is not None)
     if not signature.is_batched:
         return signature, None, sample
-    if sample is None:
+    unknown = geometry.unknown_output(signature)
+    if unknown is not None and ops & _SIZED_BY_VALUES:
+        reason = f"the size of {show_name(unknown)} depends on the values of all rows"
+    elif sample is None:
         if plan.max_batch_size is not None or plan.allowed_batch_sizes:
             return signature, None, None
         reason = "no made-up input ran, so it is not known whether rows are independent"
@@ -124,21 +129,42 @@ def tested(
     return whole, f"one request at a time: {reason}", sample
 
 
+_SIZED_BY_VALUES = frozenset({"Compress", "NonMaxSuppression", "NonZero", "StringSplit", "Unique"})
+"""Operators whose output has room for what the row with the most of it needs."""
+
 _EFFECT = (
     "its rows' answers change with the other rows of a batch "
     "(accept_batch_effects would batch them all the same)"
 )
 
 
-def find_sample(session: ModelSession, signature: Signature) -> Sample | None:
-    """The first made-up input on which the model runs."""
+def find_sample(
+    session: ModelSession, signature: Signature, *, is_bounded: bool = False
+) -> Sample | None:
+    """The first made-up input on which the model runs.
+
+    Args:
+        session: the model's.
+        signature: as declared.
+        is_bounded: this process may only have so much memory.
+
+    Raises:
+        LoadError: it is bounded, and the model wants more.
+    """
     for sample in candidates(signature):
         try:
             session.run_arrays(sample.arrays(ROWS))
-        except RunError:
+        except RunError as error:
+            if is_bounded and lacks_memory(str(error)):
+                raise LoadError(error.public, str(error)) from None
             continue
         return sample
     return None
+
+
+def lacks_memory(text: str) -> bool:
+    """Whether what ONNX Runtime says is that it got no memory."""
+    return "bad_alloc" in text or "allocat" in text
 
 
 def _dependence(session: ModelSession, sample: Sample, *, is_exact: bool) -> str | None:
@@ -154,7 +180,7 @@ def _dependence(session: ModelSession, sample: Sample, *, is_exact: bool) -> str
         return "it does not run on each number of rows"
     for spec, output, *rows in zip(session.outputs, together, *alone, strict=True):
         if output.ndim == 0 or len(output) != ROWS or any(len(row) != 1 for row in rows):
-            return f"output '{spec.name}' does not have a row for each row of the inputs"
+            return f"output {show_name(spec.name)} does not have a row for each row of the inputs"
         for i, row in enumerate(rows):
             if not _same(spec, output[i : i + 1], row, is_exact=is_exact):
                 return _EFFECT

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import resource
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from gateway.errors import LoadError
+from gateway.protocols.call import show_name
 from gateway.serving import batching, geometry, onnxfile, strings
 from gateway.serving.onnxfile import ModelFacts
 from gateway.serving.plan import LoadPlan, Understanding
@@ -32,6 +34,13 @@ CANARIES = (0xA5, 0x5A)
 """Two patterns: a byte that holds both, one after the other, was not written by the run."""
 
 _BRANCHING = frozenset({"If", "Loop", "Scan"})
+
+_UNREADABLE = (
+    *(OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error),
+    RuntimeError,  # encrypted, or compressed in a way of which Python knows nothing
+    TypeError,  # one array, not an archive of them
+)
+"""What reading an .npz file may raise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +121,7 @@ def _limit_memory(plan: LoadPlan) -> None:
 def _explained(error: MemoryError | LoadError, plan: LoadPlan) -> LoadError:
     """The error; where it looks like the budget's doing, that is said."""
     text = error.detail if isinstance(error, LoadError) else str(error)
-    is_memory = isinstance(error, MemoryError) or "bad_alloc" in text or "allocat" in text
+    is_memory = isinstance(error, MemoryError) or batching.lacks_memory(text)
     if is_memory and plan.memory_bytes is not None:
         return LoadError(
             f"loading it takes more memory than memory_bytes in its config.yaml "
@@ -152,32 +161,38 @@ def _check_padding(signature: Signature) -> None:
                 {dim for s in signature.inputs for dim in s.shape or () if isinstance(dim, str)}
             )
             raise LoadError(
-                f"padding names the dim '{padding.dim}', which no input has within a row; symbolic "
-                f"dims of the inputs: {', '.join(symbols) or 'none'}"
+                f"padding names the dim {show_name(padding.dim)}, which no input has within a row; symbolic "
+                f"dims of the inputs: {', '.join(map(show_name, symbols)) or 'none'}"
             )
         for spec in users:
             if spec.datatype.numpy is None:
                 raise LoadError(
-                    f"'{spec.name}' has the padded dim '{padding.dim}' and holds strings"
+                    f"{show_name(spec.name)} has the padded dim {show_name(padding.dim)} and holds strings"
                 )
         for name, value in padding.values:
             if name not in by_name:
                 raise LoadError(
-                    f"padding of '{padding.dim}' names the input '{name}', unknown here"
+                    f"padding of {show_name(padding.dim)} names the input {show_name(name)}, unknown here"
                 )
             _check_value(by_name[name], value)
 
 
 def _check_value(spec: TensorSpec, value: float) -> None:
     """LoadError where the input's datatype has no such value."""
+    if spec.datatype.numpy is None:
+        raise LoadError(f"input {show_name(spec.name)} holds strings: it cannot be padded")
     dtype = spec.datatype.dtype
     if spec.datatype.name == "BF16" or dtype.kind == "f":
         return
     low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
     if value != value or value in (float("inf"), float("-inf")) or value != int(value):
-        raise LoadError(f"input '{spec.name}' is {spec.datatype.name}: it cannot hold {value}")
+        raise LoadError(
+            f"input {show_name(spec.name)} is {spec.datatype.name}: it cannot hold {value}"
+        )
     if not low <= value <= high:
-        raise LoadError(f"input '{spec.name}' is {spec.datatype.name}: it cannot hold {int(value)}")
+        raise LoadError(
+            f"input {show_name(spec.name)} is {spec.datatype.name}: it cannot hold {int(value)}"
+        )
 
 
 # Outputs
@@ -189,7 +204,7 @@ def _why_not_in_place(
     """Why outputs are not bound to shared memory; None if they are, where their size is known."""
     texts = [s.name for s in (*signature.inputs, *signature.outputs) if s.datatype.numpy is None]
     if texts:
-        return f"'{texts[0]}' holds strings"
+        return f"{show_name(texts[0])} holds strings"
     if facts.ops & _BRANCHING:
         return "its control flow may give other outputs at other inputs"
     if sample is None:
@@ -205,7 +220,7 @@ def _in_place(signature: Signature) -> str:
     unknown = geometry.unknown_output(signature)
     if unknown is None:
         return "written in place by ONNX Runtime"
-    return f"copied after each run: the size of '{unknown}' is only known then"
+    return f"copied after each run: the size of {show_name(unknown)} is only known then"
 
 
 def _other_dims(session: ModelSession, signature: Signature, sample: Sample) -> Sample | None:
@@ -250,7 +265,7 @@ def _not_written(session: ModelSession, signature: Signature, sample: Sample) ->
     for p in shape.outputs:
         begin, end = p.span(0, rows if p.has_rows else 1)
         if untouched[begin:end].any():
-            return f"output '{p.spec.name}' is not written where it is bound"
+            return f"output {show_name(p.spec.name)} is not written where it is bound"
     return None
 
 
@@ -338,9 +353,10 @@ def _with_lengths(signature: Signature, sample: Sample, lengths: Mapping[str, in
 def _run_samples(session: ModelSession, path: Path) -> None:
     """Run the arrays of an .npz file. LoadError: they cannot be read, or the model fails on them."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # NumPy leaves a file that it opened itself open where it is no archive.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             found: Arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except _UNREADABLE as error:
         raise LoadError(
             "warmup_samples cannot be read: expected an .npz file", str(error)
         ) from None
@@ -350,7 +366,7 @@ def _run_samples(session: ModelSession, path: Path) -> None:
     if unknown or missing:
         raise LoadError(
             f"warmup_samples must hold the model's inputs: {len(unknown)} of its arrays are none, "
-            f"missing: {', '.join(missing) or 'none'}"
+            f"missing: {', '.join(map(show_name, missing)) or 'none'}"
         )
     try:
         session.run_arrays({name: _as_input(specs[name], array) for name, array in found.items()})
@@ -365,6 +381,6 @@ def _as_input(spec: TensorSpec, array: np.ndarray[Any, Any]) -> np.ndarray[Any, 
         return strings.as_array(texts, array.shape)
     if spec.datatype.numpy is None or array.dtype != spec.datatype.dtype:
         raise LoadError(
-            f"warmup_samples: '{spec.name}' is {array.dtype}, expected {spec.datatype.name}"
+            f"warmup_samples: {show_name(spec.name)} is {array.dtype}, expected {spec.datatype.name}"
         )
-    return np.ascontiguousarray(array)
+    return np.ascontiguousarray(array).reshape(array.shape)

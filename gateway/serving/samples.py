@@ -90,13 +90,13 @@ def _values(rng: np.random.Generator, spec: TensorSpec, dims: Sequence[int], kin
     """Values that most models accept: small, and 0 or 1 where they are whole numbers."""
     dims = tuple(dims)
     if spec.datatype.numpy is None:
-        texts = {"random": (b"a", b"b"), "ones": (b"1",), "zeros": (b"0",)}[kind]
+        texts = {"random": (b"a", b"b c", b"1 2 3", b""), "ones": (b"1",), "zeros": (b"0",)}[kind]
         picked = rng.integers(0, len(texts), element_count(dims))
         return strings.as_array((texts[i] for i in picked), dims)
     dtype = spec.datatype.dtype
     if spec.datatype.name == "BF16":
         numbers = _numbers(rng, dims, kind, is_float=True).astype(np.float32)
-        return (numbers.view(np.uint32) >> 16).astype(np.uint16)
+        return np.asarray(numbers.view(np.uint32) >> 16, np.uint16)
     return _numbers(rng, dims, kind, is_float=dtype.kind == "f").astype(dtype)
 
 

@@ -24,6 +24,7 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # wheels since 1.29 report to their m
 import onnxruntime as ort
 
 from gateway.errors import LoadError
+from gateway.protocols.call import show_name
 from gateway.serving import graphcache, strings
 from gateway.serving.geometry import SlotShape
 from gateway.serving.onnxfile import ModelFacts
@@ -38,6 +39,9 @@ LOG_FATAL_ONLY = 4
 
 MAX_OPTIONAL_INPUTS = 16
 """Inputs with defaults that clients may send. Old exporters list every weight as such an input."""
+
+MAX_TENSORS = 1024
+"""Inputs and outputs of a model; bounds its signature and the records in shared memory."""
 
 _STRING = 8
 _BF16 = 16
@@ -86,8 +90,13 @@ class ModelSession:
     def __init__(self, path: Path, facts: ModelFacts, execution: Execution) -> None:
         ort.disable_telemetry_events()
         self._session = _open(path, facts, execution)
+        count = len(self._session.get_inputs()) + len(self._session.get_outputs())
+        if count > MAX_TENSORS:
+            raise LoadError(f"it has {count} inputs and outputs, of {MAX_TENSORS} at most")
         self.inputs = tuple(_spec("input", arg, facts) for arg in self._session.get_inputs())
         self.outputs = tuple(_spec("output", arg, facts) for arg in self._session.get_outputs())
+        if not self.outputs:
+            raise LoadError("the model has no outputs")
         defaults = self._session.get_overridable_initializers()
         self.hidden_inputs = len(defaults) if len(defaults) > MAX_OPTIONAL_INPUTS else 0
         if not self.hidden_inputs:
@@ -323,7 +332,7 @@ def _spec(role: str, arg: Any, facts: ModelFacts, *, optional: bool = False) -> 
     datatype = BY_ORT.get(arg.type)
     if datatype is None:
         raise LoadError(
-            f"{role} '{arg.name}' is a {arg.type}: only tensors are served, of the "
+            f"{role} {show_name(arg.name)} is a {arg.type}: only tensors are served, of the "
             f"datatypes that the protocols have"
         )
     if not arg.shape and arg.name in facts.unranked:
@@ -334,7 +343,9 @@ def _spec(role: str, arg: Any, facts: ModelFacts, *, optional: bool = False) -> 
         for dim in arg.shape
     )
     if len(shape) > MAX_RANK:
-        raise LoadError(f"{role} '{arg.name}' has {len(shape)} dims, of {MAX_RANK} at most")
+        raise LoadError(
+            f"{role} {show_name(arg.name)} has {len(shape)} dims, of {MAX_RANK} at most"
+        )
     return TensorSpec(arg.name, datatype, shape, optional)
 
 
