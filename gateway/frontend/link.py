@@ -26,8 +26,9 @@ from gateway.errors import Unavailable
 from gateway.frontend.operations import Operations
 from gateway.serving import memory
 from gateway.serving.channel import Channel, Message
-from gateway.serving.dispatcher import Dispatcher, Limits
+from gateway.serving.dispatcher import Dispatcher
 from gateway.serving.lane import Lane
+from gateway.serving.limits import Limits
 from gateway.serving.routes import RouteTable, Version, VersionState
 from gateway.telemetry.metrics import Metrics
 from gateway.tensors import Signature

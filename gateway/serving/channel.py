@@ -104,8 +104,17 @@ class Channel:
             fds = array.array("i")
         for fd in fds:
             os.set_inheritable(fd, False)
-        return msgpack.unpackb(packet), list(fds)
+        return _unpack(packet), list(fds)
 
     def close(self) -> None:
         """Close this end; the peer's `receive` returns None."""
         self._socket.close()
+
+
+def _unpack(packet: bytes) -> Message:
+    """The message in a packet; one without meaning where a peer sent what is none."""
+    try:
+        message = msgpack.unpackb(packet)
+    except ValueError:
+        message = None
+    return message if isinstance(message, dict) and "op" in message else {"op": ""}

@@ -19,16 +19,16 @@ import os
 import signal
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from mmap import mmap
 from typing import Any, Protocol
 
 from gateway._kernels import ring
-from gateway.clock import NS_PER_S, NS_PER_US, monotonic_ns
+from gateway.clock import NS_PER_S, monotonic_ns
 from gateway.errors import DeadlineExceeded, GatewayError, InferenceFailed, QueueFull
 from gateway.protocols.call import InferCall
 from gateway.serving.channel import Channel
 from gateway.serving.lane import Lane, Outputs
+from gateway.serving.limits import Limits
 from gateway.serving.packing import materialise
 from gateway.serving.placement import Placement
 from gateway.serving.queue import RequestQueue
@@ -51,37 +51,6 @@ DEATHS_OF_A_REQUEST = 2
 """Workers that may die of a request alone before it is answered with an error."""
 
 _EXPIRED = "the request's time in the queue ran out before it was run"
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What bounds a dispatcher.
-
-    Attributes:
-        max_queue_size: requests waiting for a worker.
-        queue_timeout_ns: default time in the queue; 0 for none.
-        lane_bytes: budget of a lane, see `geometry`.
-        priority_levels: how many requests may name; 0: their priority is ignored.
-        default_level: of requests that name none, from 1.
-    """
-
-    max_queue_size: int
-    queue_timeout_ns: int
-    lane_bytes: int
-    priority_levels: int = 0
-    default_level: int = 1
-
-    def deadline_ns(self, timeout_us: int | None, arrived_ns: int) -> int:
-        """When a request's time in the queue ends: the shorter of its own and the model's; 0: never."""
-        own_ns = (timeout_us or 0) * NS_PER_US
-        timeouts = [timeout for timeout in (self.queue_timeout_ns, own_ns) if timeout > 0]
-        return arrived_ns + min(timeouts) if timeouts else 0
-
-    def level(self, priority: int) -> int:
-        """The queue's level of a request's priority, counted from 0, the highest."""
-        if not self.priority_levels:
-            return 0
-        return min(priority or self.default_level, self.priority_levels) - 1
 
 
 class Scheduler(Protocol):

@@ -1,7 +1,8 @@
 """Optimised graphs kept on disk: a version that loads again skips ONNX Runtime's optimiser.
 
-An entry is found by what it was made from: the digest of the model and its external data, the runtime's
-version, the device, the session's options, and the CPU's features, since layouts are chosen for them.
+An entry is found by what it was made from: the digest of the model, the runtime's version, the device, the
+session's options, and the CPU's features, since layouts are chosen for them. Models with external data
+have none: ONNX Runtime would look for the data beside the entry.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import os
 import platform
 import re
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -25,13 +27,19 @@ LARGEST_CACHED_BYTES = 1 << 30
 KEPT_ENTRIES = 4
 """Entries of one version that are kept: one each for a few devices and options."""
 
+ABANDONED_S = 3600.0
+"""Age of a file that is being written after which its worker must have been killed over it."""
+
 _READ_BYTES = 1 << 20
+
+_DIGITS = 32
+"""Of a digest: what entries of one stem have in their names, and those of a longer stem do not."""
 
 
 def entry(
     folder: Path, model: Path, facts: ModelFacts, made_with: Mapping[str, object]
 ) -> Path | None:
-    """Where the optimised form of a model is, or goes; None where it is not worth one.
+    """Where the optimised form of a model is, or goes; None where it has none.
 
     Args:
         folder: of all entries; made if need be.
@@ -39,8 +47,8 @@ def entry(
         facts: about it.
         made_with: everything else that the optimised graph depends on.
     """
-    nbytes = facts.file_bytes + facts.external_bytes
-    if not SMALLEST_CACHED_BYTES <= nbytes <= LARGEST_CACHED_BYTES:
+    is_worth_it = SMALLEST_CACHED_BYTES <= facts.file_bytes <= LARGEST_CACHED_BYTES
+    if facts.external_files or not is_worth_it:
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,11 +56,10 @@ def entry(
         return None  # a repository that is mounted read-only
     digest = hashlib.sha256(repr(sorted(made_with.items())).encode())
     digest.update(_cpu_features().encode())
-    for path in (model, *facts.external_files):
-        with path.open("rb") as file:
-            while block := file.read(_READ_BYTES):
-                digest.update(block)
-    return folder / f"{_stem(model)}-{digest.hexdigest()[:32]}.onnx"
+    with model.open("rb") as file:
+        while block := file.read(_READ_BYTES):
+            digest.update(block)
+    return folder / f"{_stem(model)}-{digest.hexdigest()[:_DIGITS]}.onnx"
 
 
 def keep(made: Path, path: Path) -> None:
@@ -60,9 +67,13 @@ def keep(made: Path, path: Path) -> None:
     with suppress(OSError):
         made.replace(path)
         stem = path.name.rpartition("-")[0]
-        entries = sorted(path.parent.glob(f"{stem}-*.onnx"), key=lambda p: p.stat().st_mtime)
+        every = path.parent.glob(f"{stem}-{'?' * _DIGITS}.onnx")
+        entries = sorted(every, key=lambda p: p.stat().st_mtime)
         for old in entries[:-KEPT_ENTRIES]:
             old.unlink()
+        for left in path.parent.glob(f"{stem}-{'?' * _DIGITS}.[0-9]*"):
+            if time.time() - left.stat().st_mtime > ABANDONED_S:
+                left.unlink()
 
 
 def _stem(model: Path) -> str:

@@ -8,6 +8,7 @@ for being written where they are bound, and the model is warmed up at every size
 from __future__ import annotations
 
 import itertools
+import math
 import resource
 import zipfile
 import zlib
@@ -20,20 +21,16 @@ import numpy as np
 
 from gateway.errors import LoadError
 from gateway.protocols.call import show_name
-from gateway.serving import batching, geometry, onnxfile, strings
+from gateway.serving import batching, geometry, inplace, onnxfile, strings
 from gateway.serving.onnxfile import ModelFacts
 from gateway.serving.plan import LoadPlan, Understanding
-from gateway.serving.samples import Arrays, Sample, candidates
+from gateway.serving.samples import Arrays, Sample
 from gateway.serving.session import ModelSession, RunError
 from gateway.tensors import Signature, TensorSpec
 
 MAX_WARMUP_SHAPES = 64
 """Combinations of buckets that are warmed up, the smallest first; the others are met at run time."""
 
-CANARIES = (0xA5, 0x5A)
-"""Two patterns: a byte that holds both, one after the other, was not written by the run."""
-
-_BRANCHING = frozenset({"If", "Loop", "Scan"})
 
 _UNREADABLE = (
     *(OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error),
@@ -72,7 +69,7 @@ def load(plan: LoadPlan, on_opened: Callable[[], object]) -> Loaded:
         _check_padding(signature)
         on_opened()
         signature, whole_because, sample = batching.tested(session, signature, plan, facts.ops)
-        copied_because = _why_not_in_place(session, signature, facts, sample)
+        copied_because = inplace.why_not(session, signature, facts, sample)
         signature = replace(signature, describes_outputs=copied_because is not None)
         notes = list(_notes(session, whole_because, plan))
         notes += _warm_up(session, signature, plan, sample)
@@ -81,7 +78,11 @@ def load(plan: LoadPlan, on_opened: Callable[[], object]) -> Loaded:
     resident = max(0, _memory_bytes() - before)
     if plan.memory_left_bytes is not None and resident > plan.memory_left_bytes:
         raise _no_memory(resident, plan.memory_left_bytes)
-    outputs = f"copied after each run: {copied_because}" if copied_because else _in_place(signature)
+    outputs = (
+        f"copied after each run: {copied_because}"
+        if copied_because
+        else inplace.in_words(signature)
+    )
     return Loaded(
         session,
         signature,
@@ -183,6 +184,11 @@ def _check_value(spec: TensorSpec, value: float) -> None:
         raise LoadError(f"input {show_name(spec.name)} holds strings: it cannot be padded")
     dtype = spec.datatype.dtype
     if spec.datatype.name == "BF16" or dtype.kind == "f":
+        largest = np.finfo(np.float32 if dtype.kind != "f" else dtype).max
+        if math.isfinite(value) and abs(value) > largest:
+            raise LoadError(
+                f"input {show_name(spec.name)} is {spec.datatype.name}: it cannot hold {value}"
+            )
         return
     low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
     if value != value or value in (float("inf"), float("-inf")) or value != int(value):
@@ -193,87 +199,6 @@ def _check_value(spec: TensorSpec, value: float) -> None:
         raise LoadError(
             f"input {show_name(spec.name)} is {spec.datatype.name}: it cannot hold {int(value)}"
         )
-
-
-# Outputs
-
-
-def _why_not_in_place(
-    session: ModelSession, signature: Signature, facts: ModelFacts, sample: Sample | None
-) -> str | None:
-    """Why outputs are not bound to shared memory; None if they are, where their size is known."""
-    texts = [s.name for s in (*signature.inputs, *signature.outputs) if s.datatype.numpy is None]
-    if texts:
-        return f"{show_name(texts[0])} holds strings"
-    if facts.ops & _BRANCHING:
-        return "its control flow may give other outputs at other inputs"
-    if sample is None:
-        return "no made-up input ran, so it was not seen where outputs are written"
-    for tried in (sample, _other_dims(session, signature, sample)):
-        if tried is not None and (name := _not_written(session, signature, tried)):
-            return name
-    return None
-
-
-def _in_place(signature: Signature) -> str:
-    """How outputs that may be bound travel."""
-    unknown = geometry.unknown_output(signature)
-    if unknown is None:
-        return "written in place by ONNX Runtime"
-    return f"copied after each run: the size of {show_name(unknown)} is only known then"
-
-
-def _other_dims(session: ModelSession, signature: Signature, sample: Sample) -> Sample | None:
-    """A sample of other dims, where dims vary: declared dims may hold by chance for the first."""
-    for other in candidates(signature):
-        if other.dims == sample.dims or other.kind != sample.kind:
-            continue
-        try:
-            session.run_arrays(other.arrays(batching.ROWS))
-        except RunError:
-            continue
-        return other
-    return None
-
-
-def _not_written(session: ModelSession, signature: Signature, sample: Sample) -> str | None:
-    """Bind the outputs to memory of known content; what is wrong with what the run leaves there."""
-    arrays = sample.arrays(batching.ROWS)
-    rows = batching.ROWS if signature.is_batched else 1
-    dims = tuple(
-        (arrays[spec.name].shape[1:] if signature.is_batched else arrays[spec.name].shape)
-        if spec.name in arrays
-        else None
-        for spec in signature.inputs
-    )
-    shape = geometry.shape_of(signature, dims, rows)
-    if shape.outputs is None:
-        return None  # they are not bound
-    inputs, outputs = _aligned(shape.input_bytes), _aligned(shape.output_bytes)
-    for p in shape.inputs:
-        raw = np.ascontiguousarray(arrays[p.spec.name]).reshape(-1).view(np.uint8)
-        inputs[p.offset : p.offset + raw.size] = raw
-    untouched = np.ones(shape.output_bytes, bool)
-    for canary in CANARIES:
-        outputs[:] = canary
-        binding = session.bind(shape, rows, inputs.ctypes.data, outputs.ctypes.data)
-        try:
-            session.run(binding)
-        except RunError:
-            return "the graph declares shapes that its outputs do not have"
-        untouched &= outputs == canary
-    for p in shape.outputs:
-        begin, end = p.span(0, rows if p.has_rows else 1)
-        if untouched[begin:end].any():
-            return f"output {show_name(p.spec.name)} is not written where it is bound"
-    return None
-
-
-def _aligned(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Zeroed bytes that begin at a cache line, as slots do."""
-    room = np.zeros(nbytes + geometry.LINE, np.uint8)
-    skip = -room.ctypes.data % geometry.LINE
-    return room[skip : skip + nbytes]
 
 
 # Warm-up

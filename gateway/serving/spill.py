@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from mmap import mmap
+from typing import Any
 
 from gateway.serving import memory
 from gateway.serving.channel import Channel
@@ -19,12 +20,15 @@ from gateway.serving.channel import Channel
 MAX_SPILL_BYTES = 1 << 40
 """Most bytes of one batch's outputs; keeps a worker's claim from exhausting the address space."""
 
+MAX_UNCLAIMED = 1024
+"""Spills that nobody has claimed yet; bounds the descriptors that workers can make this process hold."""
+
 
 class Spills:
     """The spilled outputs that workers have announced, and no slot has claimed yet."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, int], int] = {}  # descriptors by lane and slot
+        self._found: dict[tuple[Any, Any], int] = {}  # descriptors by lane and slot
 
     def take(self, channel: Channel | None, lane: int, slot: int) -> mmap | None:
         """The outputs of a slot, mapped; None where its worker passed on nothing usable.
@@ -48,10 +52,16 @@ class Spills:
         with suppress(BlockingIOError):
             while (received := channel.receive(wait=False)) is not None:
                 message, fds = received
-                if message["op"] == "spill" and len(fds) == 1:
-                    self._put((message["lane"], message["slot"]), fds[0])
+                lane, slot = message.get("lane"), message.get("slot")
+                is_spill = message["op"] == "spill" and len(fds) == 1
+                is_named = isinstance(lane, int) and isinstance(slot, int)
+                if is_spill and is_named and len(self._found) < MAX_UNCLAIMED:
+                    self._put((lane, slot), fds[0])
+                else:
+                    for fd in fds:
+                        os.close(fd)
 
-    def _put(self, key: tuple[int, int], fd: int) -> None:
+    def _put(self, key: tuple[Any, Any], fd: int) -> None:
         unclaimed = self._found.pop(key, None)
         if unclaimed is not None:  # of a run whose answer nobody wanted any more
             os.close(unclaimed)

@@ -31,7 +31,7 @@ def test_lists_and_bytes_are_written_alike(strict):
     ids=["out of range", "too few", "too many", "text", "null", "a fraction"],
 )
 def test_a_list_that_does_not_decode_names_its_input_and_no_value(data):
-    with pytest.raises(InvalidRequest, match="^input 'x': ") as caught:
+    with pytest.raises(InvalidRequest, match=r"^input 'x': ") as caught:
         packing.write_tensor(bytearray(8), 0, InputTensor("x", INT8, (3,), data))
     assert "300" not in caught.value.message
 
