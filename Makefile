@@ -9,7 +9,7 @@ KERNELS := $(wildcard kernels/*.pyx kernels/*.pxd kernels/*.h)
 
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test lint types unit bench build build-debug clean
+.PHONY: help demo test lint types unit bench backend watermarks build build-debug clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -34,6 +34,14 @@ bench: build  ## Run the benchmarks; tables go to benchmarks/results/.
 	$(BIN)/python benchmarks/saturation.py
 	$(BIN)/python benchmarks/idle.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/padding.py
+	$(BIN)/python benchmarks/reload.py
+
+backend: build  ## Serve all of the onnx package's own tests of operators; takes minutes.
+	$(BIN)/python tests/backend/run.py --write benchmarks/results/backend.md
+
+watermarks: build  ## 100,000 requests that carry their number in every element, amid kills; takes minutes.
+	$(BIN)/python tests/system/watermarks.py --requests 100000 --write benchmarks/results/watermarks.md
 
 build: $(VENV)/.dev $(VENV)/.kernels  ## Build the kernels in place.
 

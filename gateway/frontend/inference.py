@@ -47,11 +47,11 @@ class Inference:
         http[VERSION] = version
         arrived_ns = monotonic_ns()
         try:
-            signature, _ = version.ready()
-            body = await read_body(http, self._max_request_bytes)
-            call = parse(body, signature)
-            check_call(call, signature, self._max_request_bytes)
-            answer, timing = await self._batched(version, call, signature, encode)
+            with version.accepting() as signature:
+                body = await read_body(http, self._max_request_bytes)
+                call = parse(body, signature)
+                check_call(call, signature, self._max_request_bytes)
+                answer, timing = await self._batched(version, call, signature, encode)
         except GatewayError as error:
             version.metrics.failed(error.status, monotonic_ns() - arrived_ns)
             raise
@@ -69,7 +69,9 @@ class Inference:
         signature: Signature,
         encode: Encode[T],
     ) -> tuple[T, Timing]:
-        _, dispatcher = version.ready()  # again: the body may have taken long
+        dispatcher = version.dispatcher
+        if dispatcher is None:
+            raise version.refusal()  # the body took longer than the version lasted
         done: asyncio.Future[tuple[T, Timing]] = asyncio.get_running_loop().create_future()
 
         def on_answer(outputs: Sequence[OutputTensor], timing: Timing) -> None:

@@ -161,8 +161,8 @@ class SupervisorLink:
 
     def _drain(self, version: Version, deadline_ns: int) -> None:
         """Let go of a version that is unloaded, once nothing of it is in flight or at the deadline."""
-        dispatcher = version.dispatcher
-        if dispatcher is not None and monotonic_ns() < deadline_ns and not _is_idle(dispatcher):
+        is_serving = version.dispatcher is not None and version.in_flight > 0
+        if is_serving and monotonic_ns() < deadline_ns:
             # Looked for, not told: a request's end should not cost a question that is so rarely asked.
             self._loop.call_later(DRAIN_LOOK_S, self._drain, version, deadline_ns)
             return
@@ -268,9 +268,3 @@ class SupervisorLink:
             self._channel.send(
                 "reclaimed", model=version.model, version=version.number, incarnation=incarnation
             )
-
-
-def _is_idle(dispatcher: Dispatcher) -> bool:
-    """Whether no request is waiting or running."""
-    in_slots = any(slot.requests for lane in dispatcher.lanes for slot in lane.slots)
-    return not in_slots and dispatcher.waiting() == 0

@@ -17,6 +17,8 @@ _STATES = {
     VersionState.WARMING: "LOADING",
     VersionState.READY: "AVAILABLE",
     VersionState.FAILED: "END",
+    VersionState.UNLOADING: "UNLOADING",
+    VersionState.UNLOADED: "END",
 }
 
 

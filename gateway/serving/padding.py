@@ -6,7 +6,7 @@ the padded symbol is cut back to the request's own length. Both are copies that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from mmap import mmap
 from typing import Any
 
@@ -26,22 +26,27 @@ class Padder:
     """
 
     def __init__(self, signature: Signature) -> None:
-        self._signature = signature
-        self._by_symbol = {padding.dim: padding for padding in signature.padding}
-        self._values = {
-            name: value for padding in signature.padding for name, value in padding.values
+        by_symbol = {padding.dim: padding for padding in signature.padding}
+        specs = (*signature.inputs, *signature.outputs)
+        self._inputs = [_axes(signature, spec, by_symbol) for spec in signature.inputs]
+        self._axes = {spec.name: _axes(signature, spec, by_symbol) for spec in specs}
+        values = {name: value for padding in signature.padding for name, value in padding.values}
+        self._fill = {
+            spec.name: _element(spec, values.get(spec.name, 0))
+            for spec in signature.inputs
+            if spec.datatype.numpy is not None
         }
 
     def raise_dims(self, dims: Dims) -> tuple[Dims, dict[str, int]]:
         """Dims with the padded ones raised to their bucket; the lengths that were raised, by symbol."""
         lengths: dict[str, int] = {}
         padded: list[tuple[int, ...] | None] = []
-        for spec, inner in zip(self._signature.inputs, dims, strict=True):
-            if inner is None:
-                padded.append(None)
+        for axes, inner in zip(self._inputs, dims, strict=True):
+            if inner is None or not axes:
+                padded.append(inner)
                 continue
             raised = list(inner)
-            for axis, padding in self._axes(spec):
+            for axis, padding in axes:
                 raised[axis] = padding.bucket(inner[axis])
                 if raised[axis] != inner[axis]:
                     lengths[padding.dim] = inner[axis]
@@ -60,11 +65,9 @@ class Padder:
         dtype = p.spec.datatype.dtype
         rows = tensor.shape[0] if p.has_rows else 1
         target = np.ndarray(p.dims(rows), dtype, buffer, at)
-        target.fill(_element(p.spec, self._values.get(p.spec.name, 0)))
+        target.fill(self._fill[p.spec.name])
         own = tensor.shape[1:] if p.has_rows else tensor.shape
-        part = self._part(p.spec, own, p.inner)
-        where = (slice(None), *part) if p.has_rows else part
-        target[where] = np.frombuffer(raw(tensor), dtype).reshape(tensor.shape)
+        target[self._part(p, own)] = np.frombuffer(raw(tensor), dtype).reshape(tensor.shape)
 
     def cut(
         self, data: memoryview, dims: tuple[int, ...], p: Placement, lengths: Mapping[str, int]
@@ -81,37 +84,37 @@ class Padder:
             Raw bytes and dims: the given ones where nothing is to be cut, else a copy.
         """
         own = list(p.inner)
-        for axis, padding in self._axes(p.spec):
+        for axis, padding in self._axes[p.spec.name]:
             length = lengths.get(padding.dim)
             if length is not None and axis < len(own) and own[axis] == padding.bucket(length):
                 own[axis] = length
         if tuple(own) == p.inner:
             return data, dims
-        part = self._part(p.spec, tuple(own), p.inner)
-        where = (slice(None), *part) if p.has_rows else part
-        array = np.frombuffer(data, p.spec.datatype.dtype).reshape(dims)[where]
+        part = self._part(p, own)
+        array = np.frombuffer(data, p.spec.datatype.dtype).reshape(dims)[part]
         kept = np.ascontiguousarray(array)
         return kept.reshape(-1).view(np.uint8).data, kept.shape
 
-    def _axes(self, spec: TensorSpec) -> list[tuple[int, Padding]]:
-        """The axes of a row that are padded."""
-        if spec.shape is None:
-            return []
-        return [
-            (axis, self._by_symbol[symbol])
-            for axis, symbol in enumerate(inner_of(self._signature, spec))
-            if isinstance(symbol, str) and symbol in self._by_symbol
-        ]
+    def _part(self, p: Placement, own: Sequence[int]) -> tuple[slice, ...]:
+        """Where a request's own data lie within its padded tensor."""
+        part = [slice(length) for length in own]
+        for axis, padding in self._axes[p.spec.name]:
+            if not padding.at_end and axis < len(part):
+                part[axis] = slice(p.inner[axis] - own[axis], p.inner[axis])
+        return (slice(None), *part) if p.has_rows else tuple(part)
 
-    def _part(
-        self, spec: TensorSpec, own: tuple[int, ...], padded: tuple[int, ...]
-    ) -> tuple[slice, ...]:
-        """Where a row's own data lie within its padded dims."""
-        at_end = {axis: padding.at_end for axis, padding in self._axes(spec)}
-        return tuple(
-            slice(0, length) if at_end.get(axis, True) else slice(room - length, room)
-            for axis, (length, room) in enumerate(zip(own, padded, strict=True))
-        )
+
+def _axes(
+    signature: Signature, spec: TensorSpec, by_symbol: Mapping[str, Padding]
+) -> list[tuple[int, Padding]]:
+    """The axes of a row that are padded."""
+    if spec.shape is None:
+        return []
+    return [
+        (axis, by_symbol[symbol])
+        for axis, symbol in enumerate(inner_of(signature, spec))
+        if isinstance(symbol, str) and symbol in by_symbol
+    ]
 
 
 def _element(spec: TensorSpec, value: float) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +34,7 @@ class Version:
     """One version of a model, as a front end knows it.
 
     ``signature`` and ``dispatcher`` are there from READY on; ``config`` is what the configuration
-    document shows.
+    document shows, and ``in_flight`` counts the requests that an unload waits for.
     """
 
     model: str
@@ -44,6 +45,7 @@ class Version:
     signature: Signature | None = None
     dispatcher: Dispatcher | None = None
     config: dict[str, Any] = field(default_factory=dict)
+    in_flight: int = 0
 
     @property
     def is_ready(self) -> bool:
@@ -59,6 +61,16 @@ class Version:
         if self.state is not VersionState.READY or not self.signature or not self.dispatcher:
             raise self.refusal()
         return self.signature, self.dispatcher
+
+    @contextmanager
+    def accepting(self) -> Iterator[Signature]:
+        """A request of it, from its head to its answer. Unavailable when it is not READY."""
+        signature, _ = self.ready()
+        self.in_flight += 1
+        try:
+            yield signature
+        finally:
+            self.in_flight -= 1
 
     def refusal(self) -> Unavailable:
         """What a request is told that the version cannot take in its state."""

@@ -5,8 +5,9 @@
 Each case is run directly first, which says what the gateway must do with it (`direct.Sort`). What ONNX
 Runtime runs must be READY and come back through the binary encoding, msgpack and, where every datatype
 has a form there, JSON: names, datatypes and shapes exactly, values within the case's own tolerance of the
-direct result (the table says how many were equal bit for bit). What it refuses, or what no request of v2
-could carry, must be UNAVAILABLE for that very reason. What fails on its data must do so in the gateway.
+direct result (not bit for bit: the order of a sum may depend on how its memory is aligned; the table
+says how many were equal bit for bit). What it refuses, or what no request of v2 could carry, must be
+UNAVAILABLE for that very reason. What fails on its data must do so in the gateway.
 
 Exit status 1 if anything is otherwise.
 """

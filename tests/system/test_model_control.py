@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -351,6 +353,23 @@ def depth(server: Server) -> int:
     text = requests.get(f"{server.url}/metrics", timeout=DEADLINE_S).text
     labels = frozenset({"model": "m", "version": "1"}.items())
     return int(clients.samples(text)["gateway_queue_depth", labels])
+
+
+def test_a_body_that_is_still_coming_in_is_in_flight(server, repository, write_version):
+    body = json.dumps(clients.v2_document({"x": X})).encode()
+    head = f"POST {clients.v2_path('m')}/infer HTTP/1.1\r\nHost: test\r\nConnection: close\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), DEADLINE_S) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body[:9])
+        for _ in range(3):  # by then the head has been read, and the version found
+            requests.get(f"{server.url}/livez", timeout=DEADLINE_S)
+        write_version(repository / "m", 2)
+        with meanwhile(lambda: control(server, "load")) as (loaded,):
+            until(lambda: states(server) == {"2": "AVAILABLE", "1": "UNLOADING"})
+            connection.sendall(body[9:])
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+            assert answer.startswith(b"HTTP/1.1 200"), answer
+            assert loaded.result().status_code == 200
+    assert states(server) == {"2": "AVAILABLE", "1": "END"}
 
 
 def test_unload_ends_what_does_not_finish(repository):
