@@ -29,11 +29,6 @@ ENCODER_HIDDEN = 1536
 ENCODER_LENGTH = 32
 SLOW_WIDTH = 128
 SLOW_STEPS = 12_000
-TOKENS_VOCABULARY = 8192
-TOKENS_LABELS = 9
-TAGGER_WIDTH = 128
-TAGGER_HEADS = 2
-SENTENCE_WIDTH = 64
 
 Shape = Sequence[int | str]
 
@@ -287,67 +282,6 @@ def slow(path: Path, steps: int = SLOW_STEPS) -> None:
     g.node("Add", g.node("Add", x, g.constant(1)), nothing, out="y")
     g.output("y", TensorProto.FLOAT, [4])
     g.write(path)
-
-
-def tagger(path: Path) -> None:
-    """Writes a tagger of tokens, one layer of a transformer, whose sequences have any length.
-
-    `input_ids`, `attention_mask` INT64 [batch, seq] -> `logits` FP32 [batch, seq, 9]; what the mask
-    has 0 for, no other token looks at. `benchmarks/padding.py` serves it under settings of its own, so
-    it is not one of `MODELS`; nor is `sentence`.
-    """
-    g = GraphWriter("tagger")
-    width, head_width = TAGGER_WIDTH, TAGGER_WIDTH // TAGGER_HEADS
-    split = g.constant([0, 0, TAGGER_HEADS, head_width], np.int64)
-    joined = g.constant([0, 0, width], np.int64)
-
-    def normalized(x: str) -> str:
-        scale, shift = g.constant(np.ones(width)), g.constant(np.zeros(width))
-        return g.node("LayerNormalization", x, scale, shift, axis=-1, epsilon=1e-5)
-
-    def heads(x: str, order: list[int]) -> str:
-        projected = g.dense(x, width, width)
-        return g.node("Transpose", g.node("Reshape", projected, split), perm=order)
-
-    x, mask = _embedded(g, width)
-    x = normalized(x)
-    hidden = g.node("Mul", g.node("Sub", g.constant(1), mask), g.constant(-1e9))
-    bias = g.node("Unsqueeze", hidden, g.constant([1, 2], np.int64))
-    query, key, value = (heads(x, order) for order in ([0, 2, 1, 3], [0, 2, 3, 1], [0, 2, 1, 3]))
-    scaled = g.node("Mul", g.node("MatMul", query, key), g.constant(head_width**-0.5))
-    attention = g.node("Softmax", g.node("Add", scaled, bias), axis=-1)
-    mixed = g.node("Transpose", g.node("MatMul", attention, value), perm=[0, 2, 1, 3])
-    x = normalized(g.node("Add", x, g.dense(g.node("Reshape", mixed, joined), width, width)))
-    inner = g.node("Relu", g.dense(x, width, 4 * width))
-    x = normalized(g.node("Add", x, g.dense(inner, 4 * width, width)))
-    g.dense(x, width, TOKENS_LABELS, out="logits")
-    g.output("logits", TensorProto.FLOAT, ["seq", TOKENS_LABELS])
-    g.write(path)
-
-
-def sentence(path: Path) -> None:
-    """Writes a classifier of sentences that costs next to nothing: the mean of the embeddings.
-
-    `input_ids`, `attention_mask` INT64 [batch, seq] -> `logits` FP32 [batch, 9].
-    """
-    g = GraphWriter("sentence")
-    x, mask = _embedded(g, SENTENCE_WIDTH)
-    kept = g.node("Mul", x, g.node("Unsqueeze", mask, g.constant([2], np.int64)))
-    axis = g.constant([1], np.int64)
-    total = g.node("ReduceSum", kept, axis, keepdims=0)
-    mean = g.node("Div", total, g.node("ReduceSum", mask, axis, keepdims=1))
-    inner = g.node("Relu", g.dense(mean, SENTENCE_WIDTH, SENTENCE_WIDTH))
-    g.dense(inner, SENTENCE_WIDTH, TOKENS_LABELS, out="logits")
-    g.output("logits", TensorProto.FLOAT, [TOKENS_LABELS])
-    g.write(path)
-
-
-def _embedded(g: GraphWriter, width: int) -> tuple[str, str]:
-    """Adds the inputs of `tagger` and `sentence`; the embeddings, and the mask as FP32."""
-    ids = g.input("input_ids", TensorProto.INT64, ["seq"])
-    mask = g.input("attention_mask", TensorProto.INT64, ["seq"])
-    table = g.constant(g.rng.standard_normal((TOKENS_VOCABULARY, width)))
-    return g.node("Gather", table, ids), g.node("Cast", mask, to=TensorProto.FLOAT)
 
 
 MODELS: dict[str, tuple[Callable[[Path], None], int]] = {

@@ -2,10 +2,11 @@
 
     python benchmarks/padding.py
 
-`tagger` (one layer of a transformer) and `sentence` (a mean of embeddings) are each served twice by one
-gateway: padded to the lengths in `BUCKETS`, and exact, where only requests of one length share a batch.
-64 connections send sequences of 1 to 128 tokens, most of them short, to one model at a time; all take
-turns. Answers of the padded ones are compared with direct runs of ONNX Runtime without padding.
+`labeller` (a convolution and a CRF, whose steps go from token to token), `tagger` (one layer of a
+transformer) and `sentence` (a mean of embeddings) are each served twice by one gateway: padded to the
+lengths in `BUCKETS`, and exact, where only requests of one length share a batch. 64 connections send
+sequences of 1 to 128 tokens, most of them short, to one model at a time; all take turns. Answers of the
+padded ones are compared with direct runs of ONNX Runtime without padding.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from harness import (
     wait_for_quiet,
 )
 from loader import Client, drive, summary
-from models import SENTENCE_WIDTH, TAGGER_WIDTH, TOKENS_VOCABULARY, sentence, tagger
 from report import Report, spread
+from token_models import LABELLER_WIDTH, TAGGER_WIDTH, VOCABULARY, labeller, sentence, tagger
 
 from gateway.client import AsyncClient
 from gateway.client.encoding import encode_infer
 
-ROUNDS = 4
+ROUNDS = 5
 ROUND_S = 5.0
 WARM_UP_S = 1.5
 CONNECTIONS = 64
@@ -62,7 +63,7 @@ COST_BATCH = 8
 TARGET_RATIO = 2
 TARGET_DIFFERENCE = 1e-5
 
-MODELS = {"tagger": tagger, "sentence": sentence}
+MODELS = {"labeller": labeller, "tagger": tagger, "sentence": sentence}
 COMMON = f"max_batch_size: {BATCH_SIZE}\ninstances: [{{threads: 1}}]\n"
 EXACT, PADDED = "exact", "padded"
 CONFIGS = {
@@ -124,7 +125,7 @@ def lengths(count: int, rng: np.random.Generator) -> np.ndarray:
 def inputs_of(length: int, rng: np.random.Generator) -> Inputs:
     """One row of that length."""
     return {
-        "input_ids": rng.integers(0, TOKENS_VOCABULARY, (1, length)),
+        "input_ids": rng.integers(0, VOCABULARY, (1, length)),
         "attention_mask": np.ones((1, length), np.int64),
     }
 
@@ -318,7 +319,8 @@ def publish(rounds: Rounds[Turn], rows: list[Inputs], checks: dict[str, Checks])
         rounds.note,
         f"lengths: log-normal, median {np.median(own):.0f}, mean {np.mean(own):.0f}, 90 % up to "
         f"{np.percentile(own, 90):.0f}; padding makes {sum(padded) / sum(own):.2f} tokens of one",
-        f"`tagger` is {TAGGER_WIDTH} wide and answers for each token, `sentence` {SENTENCE_WIDTH}",
+        f"`labeller` ({LABELLER_WIDTH} wide) and `tagger` ({TAGGER_WIDTH} wide) answer for each token, "
+        "`sentence` once",
     ]
     for model, found in checks.items():
         ratios = [ratio_of(turn, model, "rate") for turn in rounds.counted]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import select
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -20,11 +19,13 @@ from typing import BinaryIO
 
 from gateway.clock import NS_PER_MS, NS_PER_S, monotonic_ns
 from gateway.control.planning import MemoryBudget, load_plan
+from gateway.control.process import start_process
 from gateway.control.repository import ModelEntry, VersionEntry, choose, scan_model
 from gateway.control.seat import describe_exit
 from gateway.errors import GatewayError, NotFound
 from gateway.serving import memory
 from gateway.serving.channel import Channel, Message, MessageTooLarge
+from gateway.serving.options import WorkerOptions
 from gateway.serving.plan import LoadPlan, Understanding
 from gateway.settings import Instance, ServerSettings
 from gateway.tensors import Signature
@@ -159,7 +160,9 @@ def _ask_worker(tried: Load, plan: LoadPlan, server: ServerSettings) -> Message:
             ours, theirs = Channel.pair()
             stack.callback(ours.close)
             with closing(theirs):
-                process = _start_worker(theirs.fileno(), name, output)
+                process = start_process(
+                    "gateway.serving.worker", theirs.fileno(), ["--name", name], output
+                )
             stack.callback(process.wait)
             stack.callback(process.kill)
             board = memory.create("board", ring.board_bytes(1))
@@ -168,36 +171,22 @@ def _ask_worker(tried: Load, plan: LoadPlan, server: ServerSettings) -> Message:
                 "load",
                 (board,),
                 plan=plan.to_wire(),
-                cpus=tried.instance.cpus,
-                max_queue_delay_us=tried.entry.settings.max_queue_delay_us,
-                seats=1,
-                seat=0,
-                incarnation=1,
-                orphan_grace_s=0.0,
-                log_level="error",
-                log_format="text",
+                options=WorkerOptions(
+                    seats=1,
+                    seat=0,
+                    incarnation=1,
+                    cpus=tried.instance.cpus,
+                    max_queue_delay_us=tried.entry.settings.max_queue_delay_us,
+                    orphan_grace_s=0.0,
+                    log_level="error",
+                    log_format="text",
+                ).to_wire(),
             )
         except OSError as error:
             raise _LoadFailed(f"its worker cannot be started: {error.strerror}") from None
         except MessageTooLarge as error:
             raise _LoadFailed(f"its settings are too long: {error}") from None
         return _await_answer(ours, process, output, deadline_ns, server.load_timeout_s)
-
-
-def _start_worker(channel: int, name: str, output: BinaryIO) -> subprocess.Popen[bytes]:
-    """A worker as the supervisor starts one, but for its output."""
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-P", "-m", "gateway.serving.worker"),
-            *("--channel", str(channel), "--name", name),
-        ],
-        pass_fds=[channel],
-        stdin=subprocess.DEVNULL,
-        stdout=output,
-        stderr=output,
-        process_group=0,  # a terminal's Ctrl-C is for the command, which ends its worker
-        env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
-    )
 
 
 def _await_answer(

@@ -10,9 +10,36 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
-from typing import Any
+from typing import Any, BinaryIO
 
 from gateway.serving.channel import Channel, Message
+
+
+def start_process(
+    module: str, channel: int, arguments: Sequence[str], output: BinaryIO | None = None
+) -> subprocess.Popen[bytes]:
+    """Start a module of ours as ``python -m module --channel FD``.
+
+    Args:
+        module: its dotted name.
+        channel: descriptor of its end of the channel; the caller still owns it.
+        arguments: further ones, for whoever reads ``ps``.
+        output: where what it prints goes; None: where our own does.
+
+    Raises:
+        OSError: no process, memory or descriptors for it.
+    """
+    return subprocess.Popen(
+        # -P: the working directory is no place to import from.
+        [sys.executable, "-P", "-m", module, "--channel", str(channel), *arguments],
+        pass_fds=[channel],
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        process_group=0,  # a terminal's Ctrl-C is for us, who end what we started
+        # NumPy's OpenBLAS would start threads in every process, for nothing we call.
+        env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
+    )
 
 
 class Child:
@@ -21,7 +48,8 @@ class Child:
     Args:
         module: run as ``python -m module --channel FD``.
         arguments: further ones, for whoever reads ``ps``.
-        on_message: called with each message and its descriptors, which it owns.
+        on_message: called with each message; no child of ours sends descriptors, and what it sends
+            all the same is closed.
         on_exit: called once, after the process was reaped, with its exit status as
             `subprocess.Popen.returncode` has it: negative for a signal.
 
@@ -33,7 +61,7 @@ class Child:
         self,
         module: str,
         arguments: list[str],
-        on_message: Callable[[Message, list[int]], None],
+        on_message: Callable[[Message], None],
         on_exit: Callable[[int], None],
     ) -> None:
         self._on_message = on_message
@@ -44,16 +72,7 @@ class Child:
             self._channel, theirs = Channel.pair()
             undo.callback(self._channel.close)
             with closing(theirs):
-                fd = theirs.fileno()
-                self._process = subprocess.Popen(
-                    # -P: the working directory is no place to import from.
-                    [sys.executable, "-P", "-m", module, "--channel", str(fd), *arguments],
-                    pass_fds=[fd],
-                    stdin=subprocess.DEVNULL,
-                    process_group=0,  # a terminal's Ctrl-C is the supervisor's to handle
-                    # NumPy's OpenBLAS would start threads in every process, for nothing we call.
-                    env={"OPENBLAS_NUM_THREADS": "1", **os.environ},
-                )
+                self._process = start_process(module, theirs.fileno(), arguments)
             undo.callback(self._process.wait)
             undo.callback(self._process.kill)
             self.pid = self._process.pid
@@ -110,7 +129,10 @@ class Child:
             if received is None:
                 self._loop.remove_reader(self._channel.fileno())
                 return
-            self._on_message(*received)
+            message, fds = received
+            for fd in fds:
+                os.close(fd)
+            self._on_message(message)
 
     def _on_dead(self) -> None:
         self._on_readable()  # its last words

@@ -59,12 +59,12 @@ class Supervisor:
         self._has_served = False  # a front end has come up once
         self._told_routes: dict[str, int] = {}
         self._observer = VersionObserver(
-            self._on_state,
-            self._on_worker,
-            self._on_worker_exit,
-            self._on_stopped,
-            self._tell_routes,
-            self._on_forgotten,
+            on_state=self._on_state,
+            on_worker=self._on_worker,
+            on_worker_exit=self._on_worker_exit,
+            on_stopped=self._on_stopped,
+            on_routes=self._tell_routes,
+            on_forgotten=self._on_forgotten,
         )
         self._models: dict[str, ModelSupervision] = {}
         self._budget = MemoryBudget(settings.memory_bytes)
@@ -135,7 +135,7 @@ class Supervisor:
             self._tell_version(version)
         self._send_routes()
 
-    def _on_frontend_message(self, message: Message, _fds: list[int]) -> None:
+    def _on_frontend_message(self, message: Message) -> None:
         if message["op"] == "serving":
             self._frontend_deaths = 0
             self._has_served = True

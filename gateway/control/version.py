@@ -18,6 +18,7 @@ from gateway.control.repository import VersionEntry
 from gateway.control.seat import Seat, describe_exit
 from gateway.serving import memory
 from gateway.serving.channel import Message
+from gateway.serving.options import WorkerOptions
 from gateway.serving.plan import Understanding
 from gateway.serving.routes import VersionState
 from gateway.settings import ModelSettings, ServerSettings
@@ -219,7 +220,7 @@ class VersionSupervision:
             seat.child = Child(
                 "gateway.serving.worker",
                 ["--name", f"{self.model}/{self.number}#{seat.index}"],
-                lambda message, _fds: self._on_message(seat, message),
+                lambda message: self._on_message(seat, message),
                 lambda status: self._on_exit(seat, status),
             )
         except OSError as error:
@@ -236,14 +237,16 @@ class VersionSupervision:
             "load",
             (self.board_fd,),
             plan=plan.to_wire(),
-            cpus=seat.instance.cpus,
-            max_queue_delay_us=self.settings.max_queue_delay_us,
-            seats=len(self.seats),
-            seat=seat.index,
-            incarnation=seat.incarnation,
-            orphan_grace_s=self._server.orphan_grace_s,
-            log_level=self._server.log_level,
-            log_format=self._server.log_format,
+            options=WorkerOptions(
+                seats=len(self.seats),
+                seat=seat.index,
+                incarnation=seat.incarnation,
+                cpus=seat.instance.cpus,
+                max_queue_delay_us=self.settings.max_queue_delay_us,
+                orphan_grace_s=self._server.orphan_grace_s,
+                log_level=self._server.log_level,
+                log_format=self._server.log_format,
+            ).to_wire(),
         )
 
     def _key(self, seat: Seat) -> Key:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 from aiohttp import web
@@ -47,11 +47,14 @@ class Inference:
         http[VERSION] = version
         arrived_ns = monotonic_ns()
         try:
-            with version.accepting() as signature:
+            signature = version.begin_request()
+            try:
                 body = await read_body(http, self._max_request_bytes)
                 call = parse(body, signature)
                 check_call(call, signature, self._max_request_bytes)
                 answer, timing = await self._batched(version, call, signature, encode)
+            finally:
+                version.end_request()
         except GatewayError as error:
             version.metrics.failed(error.status, monotonic_ns() - arrived_ns)
             raise
@@ -74,8 +77,8 @@ class Inference:
             raise version.refusal()  # the body took longer than the version lasted
         done: asyncio.Future[tuple[T, Timing]] = asyncio.get_running_loop().create_future()
 
-        def on_answer(outputs: Sequence[OutputTensor], timing: Timing) -> None:
-            answer = encode(call, signature, list(outputs))
+        def on_answer(outputs: list[OutputTensor], timing: Timing) -> None:
+            answer = encode(call, signature, outputs)
             if not done.done():
                 done.set_result((answer, timing))
 

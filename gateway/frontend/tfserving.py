@@ -77,7 +77,7 @@ class TensorFlowHandlers:
     async def metadata(self, http: web.Request) -> web.Response:
         """The signature in TensorFlow's form."""
         version = self._resolve(http)
-        signature, _ = version.ready()
+        signature = version.ready()
         http[VERSION] = version
         return json_answer(tfserving.metadata(version.model, str(version.number), signature))
 

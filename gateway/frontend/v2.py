@@ -83,7 +83,7 @@ class V2Handlers:
     async def model_metadata(self, http: web.Request) -> web.Response:
         """Names, datatypes and shapes of inputs and outputs."""
         version = self._resolve(http)
-        signature, _ = version.ready()
+        signature = version.ready()
         numbers = sorted(v.number for v in self._routes.model(version.model).values() if v.is_ready)
         http[VERSION] = version
         return json_answer(
@@ -102,7 +102,7 @@ class V2Handlers:
     async def model_config(self, http: web.Request) -> web.Response:
         """The model's configuration in Triton's form."""
         version = self._resolve(http)
-        signature, _ = version.ready()
+        signature = version.ready()
         http[VERSION] = version
         return json_answer(v2_documents.model_config(version.model, signature, **version.config))
 

@@ -9,7 +9,7 @@ a view of the request's body.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from gateway import bytestrings
@@ -70,7 +70,7 @@ class InferCall:
     binary_outputs: bool = False
     timeout_us: int | None = None
     priority: int = 0
-    rows: int = field(default=0)
+    rows: int = 0
 
 
 @dataclass(slots=True)
@@ -108,7 +108,7 @@ def check_call(call: InferCall, signature: Signature, max_bytes: int) -> None:
     _check_outputs(call, signature.outputs)
     rows = total_bytes = 0
     symbols: dict[str, int] = {}
-    batched = signature.max_batch_size > 0
+    batched = signature.is_batched
     for tensor, spec in zip(call.inputs, specs, strict=True):
         has_rows = batched and not spec.optional
         total_bytes += _check_tensor(tensor, spec, symbols, has_rows)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from mmap import mmap
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ class AttachedLane:
             control, ring.control_bytes(spec.slot_count, spec.dims_per_slot)
         )
         self.inputs = memory.map_read_only(inputs, spec.slot_count * spec.input_slot_bytes)
-        self.outputs: mmap = memory.map_writable(outputs, spec.slot_count * spec.output_slot_bytes)
+        self.outputs = memory.map_writable(outputs, spec.slot_count * spec.output_slot_bytes)
         self.inputs_at = memory.address(self.inputs)
         self.outputs_at = memory.address(self.outputs)
         self.shapes: dict[int, geometry.SlotShape] = {}

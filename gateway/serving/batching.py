@@ -45,6 +45,16 @@ _NOT_EXACT = frozenset(
 )
 """Operators that make rows depend on each other by so little that no tolerance is allowed."""
 
+_SIZED_BY_VALUES = frozenset({"Compress", "NonMaxSuppression", "NonZero", "StringSplit", "Unique"})
+"""Operators whose output has room for what the row with the most of it needs."""
+
+_WHOLE = "one request at a time"
+
+_EFFECT = (
+    "its rows' answers change with the other rows of a batch "
+    "(accept_batch_effects would batch them all the same)"
+)
+
 
 def declared(session: ModelSession, plan: LoadPlan) -> tuple[Signature, str]:
     """What settings and graph say, and why; the tests may say otherwise.
@@ -53,15 +63,13 @@ def declared(session: ModelSession, plan: LoadPlan) -> tuple[Signature, str]:
         LoadError: the settings ask for what the graph cannot do.
     """
     whole = Signature(session.inputs, session.outputs, 0, (), plan.padding)
-    asked = plan.max_batch_size
-    if plan.allowed_batch_sizes:
-        asked = plan.allowed_batch_sizes[-1]
+    asked = plan.asked_batch_size
     if asked == 0:
-        return whole, "one request at a time: max_batch_size is 0"
+        return whole, f"{_WHOLE}: max_batch_size is 0"
     required = [spec for spec in session.inputs if not spec.optional]
     reason = _no_batch(required, session.outputs, is_asked=asked is not None)
     if reason is not None:
-        return whole, f"one request at a time: {reason}"
+        return whole, f"{_WHOLE}: {reason}"
     size = asked or DEFAULT_MAX_BATCH_SIZE
     batched = replace(whole, max_batch_size=size, allowed_batch_sizes=plan.allowed_batch_sizes)
     why = (
@@ -114,7 +122,7 @@ def tested(
     if unknown is not None and ops & _SIZED_BY_VALUES:
         reason = f"the size of {show_name(unknown)} depends on the values of all rows"
     elif sample is None:
-        if plan.max_batch_size is not None or plan.allowed_batch_sizes:
+        if plan.asked_batch_size is not None:
             return signature, None, None
         reason = "no made-up input ran, so it is not known whether rows are independent"
     else:
@@ -126,16 +134,7 @@ def tested(
     if sample is not None:
         dims = tuple((ROWS, *inner) for inner in sample.dims)
         sample = replace(sample, dims=dims, has_rows=False)
-    return whole, f"one request at a time: {reason}", sample
-
-
-_SIZED_BY_VALUES = frozenset({"Compress", "NonMaxSuppression", "NonZero", "StringSplit", "Unique"})
-"""Operators whose output has room for what the row with the most of it needs."""
-
-_EFFECT = (
-    "its rows' answers change with the other rows of a batch "
-    "(accept_batch_effects would batch them all the same)"
-)
+    return whole, f"{_WHOLE}: {reason}", sample
 
 
 def find_sample(

@@ -58,12 +58,12 @@ def read_descriptors(
         rows: of the batch.
     """
     placements: list[Placement] = []
+    batched = signature.is_batched
     for i, spec in enumerate(signature.outputs):
         rank, _, *rest = DESCRIPTOR.unpack_from(head, i * DESCRIPTOR.size)
         dims, (offset, nbytes) = tuple(rest[:MAX_RANK][:rank]), rest[MAX_RANK:]
         if rank > MAX_RANK or min(dims, default=0) < 0 or offset + nbytes > len(data):
             return None
-        batched = signature.is_batched
         if batched and dims[:1] != (rows,):
             return None
         inner = dims[1:] if batched else dims

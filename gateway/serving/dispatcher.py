@@ -18,7 +18,6 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack
 from mmap import mmap
 from typing import Any, Protocol
 
@@ -282,24 +281,25 @@ class Dispatcher:
 
     def _answer(self, lane: Lane, slot: Slot) -> bool:
         """Answer a DONE slot's requests; False where its worker's description makes no sense."""
-        with ExitStack() as stack:
-            data = None
-            if lane.is_spilled(slot):
-                channel = self._workers.get(lane.producer.owner(slot.index))
-                spill = self._spills.take(channel, lane.number, slot.index)
-                if spill is None:
-                    return False
-                data = stack.enter_context(viewed(spill))
-            outputs = lane.outputs(slot, data)
-            if outputs is None:
-                return False
-            started_ns, finished_ns = lane.producer.times(slot.index)
-            compute_ns = max(0, finished_ns - started_ns)
-            self.metrics.batch(slot.rows, compute_ns)
-            for request in slot.requests:
-                if request.state is State.PLACED:  # not cancelled while it ran
-                    timing = Timing(max(0, started_ns - request.arrived_ns), compute_ns)
-                    self._tell(request, lane, outputs, timing)
+        if not lane.is_spilled(slot):
+            return self._answer_each(lane, slot, lane.outputs(slot))
+        channel = self._workers.get(lane.producer.owner(slot.index))
+        spill = self._spills.take(channel, lane.number, slot.index)
+        if spill is None:
+            return False
+        with viewed(spill) as data:
+            return self._answer_each(lane, slot, lane.outputs(slot, data))
+
+    def _answer_each(self, lane: Lane, slot: Slot, outputs: Outputs | None) -> bool:
+        if outputs is None:
+            return False
+        started_ns, finished_ns = lane.producer.times(slot.index)
+        compute_ns = max(0, finished_ns - started_ns)
+        self.metrics.batch(slot.rows, compute_ns)
+        for request in slot.requests:
+            if request.state is State.PLACED:  # not cancelled while it ran
+                timing = Timing(max(0, started_ns - request.arrived_ns), compute_ns)
+                self._tell(request, lane, outputs, timing)
         return True
 
     def _tell(self, request: Request, lane: Lane, outputs: Outputs, timing: Timing) -> None:

@@ -317,13 +317,13 @@ def _resolve_outputs(signature: Signature, dims: Dims) -> list[tuple[int, ...]] 
             for symbol, value in zip(inner_of(signature, spec), inner, strict=True):
                 if isinstance(symbol, str):
                     symbols[symbol] = value
-    resolved = [
-        None if spec.shape is None else _known(inner_of(signature, spec), symbols)
-        for spec in signature.outputs
-    ]
-    return (
-        None if any(known is None for known in resolved) else [k for k in resolved if k is not None]
-    )
+    resolved: list[tuple[int, ...]] = []
+    for spec in signature.outputs:
+        known = None if spec.shape is None else _known(inner_of(signature, spec), symbols)
+        if known is None:
+            return None
+        resolved.append(known)
+    return resolved
 
 
 def _known(declared: Shape, symbols: Mapping[str, int]) -> tuple[int, ...] | None:

@@ -45,12 +45,14 @@ def why_not(
     return None
 
 
-def in_words(signature: Signature) -> str:
-    """How outputs that may be bound travel."""
+def in_words(signature: Signature, copied_because: str | None) -> str:
+    """How outputs travel, given what `why_not` said."""
     unknown = geometry.unknown_output(signature)
-    if unknown is None:
+    if copied_because is None and unknown is not None:
+        copied_because = f"the size of {show_name(unknown)} is only known then"
+    if copied_because is None:
         return "written in place by ONNX Runtime"
-    return f"copied after each run: the size of {show_name(unknown)} is only known then"
+    return f"copied after each run: {copied_because}"
 
 
 def _other_dims(session: ModelSession, signature: Signature, sample: Sample) -> Iterator[Sample]:

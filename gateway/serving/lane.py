@@ -36,6 +36,7 @@ class Lane:
         number: unique among this front end's lanes of the version.
         spec: its geometry.
         signature: the model's.
+        padder: the model's.
         board: mapping of the version's board.
 
     Raises:
@@ -43,7 +44,12 @@ class Lane:
     """
 
     def __init__(
-        self, number: int, spec: geometry.LaneSpec, signature: Signature, board: mmap
+        self,
+        number: int,
+        spec: geometry.LaneSpec,
+        signature: Signature,
+        padder: Padder,
+        board: mmap,
     ) -> None:
         self.number = number
         self.spec = spec
@@ -65,7 +71,7 @@ class Lane:
             self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             undo.pop_all()  # all there: from now on `close` gives them back
         self.producer = ring.Producer(self._control, spec.slot_count, spec.dims_per_slot, board)
-        self._padder = Padder(signature)
+        self._padder = padder
         self.slots = [Slot(number, i) for i in range(spec.slot_count)]
         # Last-in first-out: a small working set stays in cache, and in the workers' binding caches.
         self._free = list(reversed(self.slots))

@@ -31,7 +31,6 @@ from gateway.tensors import Signature, TensorSpec
 MAX_WARMUP_SHAPES = 64
 """Combinations of buckets that are warmed up, the smallest first; the others are met at run time."""
 
-
 _UNREADABLE = (
     *(OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error),
     RuntimeError,  # encrypted, or compressed in a way of which Python knows nothing
@@ -78,11 +77,7 @@ def load(plan: LoadPlan, on_opened: Callable[[], object]) -> Loaded:
     resident = max(0, _memory_bytes() - before)
     if plan.memory_left_bytes is not None and resident > plan.memory_left_bytes:
         raise _no_memory(resident, plan.memory_left_bytes)
-    outputs = (
-        f"copied after each run: {copied_because}"
-        if copied_because
-        else inplace.in_words(signature)
-    )
+    outputs = inplace.in_words(signature, copied_because)
     return Loaded(
         session,
         signature,
@@ -191,7 +186,7 @@ def _check_value(spec: TensorSpec, value: float) -> None:
             )
         return
     low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-    if value != value or value in (float("inf"), float("-inf")) or value != int(value):
+    if not math.isfinite(value) or value != int(value):
         raise LoadError(
             f"input {show_name(spec.name)} is {spec.datatype.name}: it cannot hold {value}"
         )
@@ -205,8 +200,7 @@ def _check_value(spec: TensorSpec, value: float) -> None:
 
 
 def _notes(session: ModelSession, whole_because: str | None, plan: LoadPlan) -> Iterator[str]:
-    asked = plan.max_batch_size or plan.allowed_batch_sizes
-    if whole_because is not None and asked:
+    if whole_because is not None and plan.asked_batch_size:
         yield "its settings ask for batches, which its answers do not allow"
     if session.hidden_inputs:
         yield (

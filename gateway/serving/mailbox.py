@@ -55,9 +55,8 @@ class Mailbox:
         while True:
             ready = self._selector.select(self._orphan_s if self._orphaned else None)
             if not ready:
-                os._exit(
-                    0
-                )  # the supervisor is gone and a front end holds on to nothing we can serve
+                # The supervisor is gone, and a front end holds on to nothing that we can serve.
+                os._exit(0)
             for key, _events in ready:
                 channel: Channel = key.data
                 received = channel.receive()

@@ -43,7 +43,8 @@ class Placement:
         self._lane_bytes = lane_bytes
         self._board = board
         self._on_lane = on_lane
-        self._padder = Padder(signature) if signature.padding else None
+        self._padder = Padder(signature)
+        self._is_padded = bool(signature.padding)
         self._inputs = [
             (spec.name, int(geometry.has_rows(signature, spec))) for spec in signature.inputs
         ]
@@ -68,7 +69,7 @@ class Placement:
             shapes[name][skip:] if name in shapes else None for name, skip in self._inputs
         )
         lengths: Mapping[str, int] = _NO_LENGTHS
-        if self._padder is not None:
+        if self._is_padded:
             dims, lengths = self._padder.raise_dims(dims)
         row_strings = 0
         if self._has_strings:
@@ -180,7 +181,7 @@ class Placement:
 
     def _make_lane(self, spec: geometry.LaneSpec) -> Lane:
         try:
-            lane = Lane(len(self.lanes), spec, self._signature, self._board)
+            lane = Lane(len(self.lanes), spec, self._signature, self._padder, self._board)
         except OSError as error:
             raise Unavailable(
                 f"no shared memory for requests of this shape: {error.strerror}"

@@ -1,4 +1,4 @@
-"""What a worker is told to load, and how: one model's settings as plain values."""
+"""What a worker is told to load, and how, and what it found out about it: as plain values."""
 
 from __future__ import annotations
 
@@ -79,6 +79,11 @@ class LoadPlan:
     warmup_samples: str | None = None
     memory_bytes: int | None = None
     memory_left_bytes: int | None = None
+
+    @property
+    def asked_batch_size(self) -> int | None:
+        """Rows a batch that the settings ask for; 0: none; None: they leave it to the graph."""
+        return self.allowed_batch_sizes[-1] if self.allowed_batch_sizes else self.max_batch_size
 
     def to_wire(self) -> dict[str, Any]:
         """Plain values for a message between processes."""

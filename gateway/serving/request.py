@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -65,7 +65,7 @@ class Timer(Protocol):
         """Never call it."""
 
 
-OnAnswer = Callable[[Sequence[OutputTensor], Timing], None]
+OnAnswer = Callable[[list[OutputTensor], Timing], None]
 OnError = Callable[[GatewayError], None]
 
 

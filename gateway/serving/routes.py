@@ -5,7 +5,6 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,21 +55,21 @@ class Version:
             and self.dispatcher.has_workers
         )
 
-    def ready(self) -> tuple[Signature, Dispatcher]:
-        """What serves it. Unavailable when it is not READY."""
+    def ready(self) -> Signature:
+        """What it takes and gives. Unavailable when it is not READY."""
         if self.state is not VersionState.READY or not self.signature or not self.dispatcher:
             raise self.refusal()
-        return self.signature, self.dispatcher
+        return self.signature
 
-    @contextmanager
-    def accepting(self) -> Iterator[Signature]:
-        """A request of it, from its head to its answer. Unavailable when it is not READY."""
-        signature, _ = self.ready()
+    def begin_request(self) -> Signature:
+        """A request's head is here: an unload waits until `end_request`. Unavailable when not READY."""
+        signature = self.ready()
         self.in_flight += 1
-        try:
-            yield signature
-        finally:
-            self.in_flight -= 1
+        return signature
+
+    def end_request(self) -> None:
+        """A request that was begun has its answer."""
+        self.in_flight -= 1
 
     def refusal(self) -> Unavailable:
         """What a request is told that the version cannot take in its state."""
@@ -82,7 +81,7 @@ class Version:
 def checked_name(model: str) -> str:
     """A model's name as it came. InvalidRequest for one outside its grammar."""
     if not NAME.fullmatch(model):
-        raise InvalidRequest("a model's name must match [A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+        raise InvalidRequest(f"a model's name must match {NAME.pattern}")
     return model
 
 
@@ -129,7 +128,7 @@ class RouteTable:
             if version is not None:
                 raise InvalidRequest("name a version or a label, not both")
             if not NAME.fullmatch(label):
-                raise InvalidRequest("a label must match [A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+                raise InvalidRequest(f"a label must match {NAME.pattern}")
             raise NotFound(f"model '{name}' has no label '{label}'")
         if version is None:
             routed = self.routes.get(name)

@@ -59,11 +59,11 @@ _ORT_NODE = re.compile(r"while running (\w+) node")
 
 
 class RunError(Exception):
-    """The model failed on a batch. ``public`` may be shown to a client; the text itself may not."""
+    """The model failed on a batch. Clients may see ``public``; the text only where none is given."""
 
-    def __init__(self, text: str, public: str) -> None:
+    def __init__(self, text: str, public: str | None = None) -> None:
         super().__init__(text)
-        self.public = public
+        self.public = text if public is None else public
 
     @classmethod
     def from_runtime(cls, error: Exception) -> RunError:
@@ -226,8 +226,9 @@ def _copy(value: ort.OrtValue, spec: TensorSpec) -> Array:
             return strings.as_bytes(value.numpy())
         except UnicodeDecodeError:
             if not _native_is_readable():
-                text = "strings that are not UTF-8 cannot be read from this build of ONNX Runtime"
-                raise RunError(text, text) from None
+                raise RunError(
+                    "strings that are not UTF-8 cannot be read from this build of ONNX Runtime"
+                ) from None
             return strings.read_native(value.data_ptr(), dims)
     if spec.datatype.onnx == _BF16:
         nbytes = element_count(dims) * spec.datatype.itemsize

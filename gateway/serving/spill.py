@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from mmap import mmap
-from typing import Any
 
 from gateway.serving import memory
 from gateway.serving.channel import Channel
@@ -28,7 +27,7 @@ class Spills:
     """The spilled outputs that workers have announced, and no slot has claimed yet."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple[Any, Any], int] = {}  # descriptors by lane and slot
+        self._found: dict[tuple[int, int], int] = {}  # descriptors by lane and slot
 
     def take(self, channel: Channel | None, lane: int, slot: int) -> mmap | None:
         """The outputs of a slot, mapped; None where its worker passed on nothing usable.
@@ -54,14 +53,14 @@ class Spills:
                 message, fds = received
                 lane, slot = message.get("lane"), message.get("slot")
                 is_spill = message["op"] == "spill" and len(fds) == 1
-                is_named = isinstance(lane, int) and isinstance(slot, int)
-                if is_spill and is_named and len(self._found) < MAX_UNCLAIMED:
+                has_room = len(self._found) < MAX_UNCLAIMED
+                if is_spill and has_room and isinstance(lane, int) and isinstance(slot, int):
                     self._put((lane, slot), fds[0])
                 else:
                     for fd in fds:
                         os.close(fd)
 
-    def _put(self, key: tuple[Any, Any], fd: int) -> None:
+    def _put(self, key: tuple[int, int], fd: int) -> None:
         unclaimed = self._found.pop(key, None)
         if unclaimed is not None:  # of a run whose answer nobody wanted any more
             os.close(unclaimed)
@@ -88,10 +87,12 @@ def _map(fd: int) -> mmap | None:
 @contextmanager
 def viewed(spill: mmap) -> Iterator[memoryview]:
     """The bytes of a spill, which is unmapped at the end."""
+    view = memoryview(spill)
     try:
-        yield memoryview(spill)
+        yield view
     finally:
         with suppress(BufferError):  # a view lives on in a traceback: unmapped with it
+            view.release()
             spill.close()
 
 

@@ -4,7 +4,7 @@ A plain blocking loop - take a batch, run it, publish it - and one helper thread
 and wakes the loop. Started as ``python -m gateway.serving.worker --channel FD``; everything else comes
 over that channel in the first message, ``load``.
 
-Messages in: ``load`` (plan, cpus, seat, …; fds: board) and ``frontend`` (fds: a channel
+Messages in: ``load`` (plan, options; fds: board) and ``frontend`` (fds: a channel
 to a front end) from the supervisor, ``exit``; from a front end ``lane`` (fds: control, inputs, outputs,
 bell). Messages out: ``warming``, ``loaded`` (signature, understanding), ``failed`` (reason); to a front end
 ``spill`` (fds: outputs that did not fit a slot).
@@ -31,6 +31,7 @@ from gateway.serving.attached import AttachedLane
 from gateway.serving.channel import Channel, Message, MessageTooLarge
 from gateway.serving.loader import Loaded
 from gateway.serving.mailbox import Mailbox
+from gateway.serving.options import WorkerOptions
 from gateway.serving.plan import LoadPlan
 from gateway.serving.session import Array, RunError
 from gateway.telemetry import logs
@@ -47,8 +48,7 @@ FOR_EVER = 0
 MAX_SHAPES = 4096
 """Shapes that are remembered of a lane; clients choose them."""
 
-
-_TOO_SMALL = "the outputs of this request are larger than a slot of shared memory"
+_TOO_SMALL = "this request's shape does not fit its slot of shared memory"
 
 LaneKey = tuple[int, int]
 """A lane in this process: the descriptor of its front end's channel, and its number there."""
@@ -174,7 +174,7 @@ class Worker:
             shape.input_bytes > lane.spec.input_slot_bytes
             or shape.output_bytes > lane.spec.output_slot_bytes
         ):
-            raise RunError(_TOO_SMALL, _TOO_SMALL)
+            raise RunError(_TOO_SMALL)
         lane.shapes[shape_id] = shape
         return shape
 
@@ -196,8 +196,7 @@ class Worker:
         described, end = [], geometry.head_bytes(count)
         for array, data in zip(outputs, raw, strict=True):
             if array.ndim > MAX_RANK:
-                text = f"an output has {array.ndim} dims, of {MAX_RANK} at most"
-                raise RunError(text, text)
+                raise RunError(f"an output has {array.ndim} dims, of {MAX_RANK} at most")
             described.append((array.shape, end, len(data)))
             end = geometry.align(end + len(data))
         with lane.output_region(slot) as region:
@@ -285,18 +284,19 @@ def main(argv: list[str] | None = None) -> int:
     if received is None:
         return 0
     load, (board_fd,) = received
-    logs.configure(load["log_level"], load["log_format"])
+    options = WorkerOptions.from_wire(load["options"])
+    logs.configure(options.log_level, options.log_format)
     try:
-        if load["cpus"] is not None:
-            _stay_on(load["cpus"])
+        if options.cpus is not None:
+            _stay_on(options.cpus)
         loaded = loader.load(LoadPlan.from_wire(load["plan"]), partial(supervisor.send, "warming"))
     except LoadError as error:
         supervisor.send("failed", reason=error.message, detail=error.detail)
         return 1
-    board = memory.map_writable(board_fd, ring.board_bytes(load["seats"]))
+    board = memory.map_writable(board_fd, ring.board_bytes(options.seats))
     os.close(board_fd)
-    consumer = ring.Consumer(board, load["seat"], load["incarnation"])
-    mailbox = Mailbox(supervisor, consumer, load["orphan_grace_s"])
+    consumer = ring.Consumer(board, options.seat, options.incarnation)
+    mailbox = Mailbox(supervisor, consumer, options.orphan_grace_s)
     try:
         supervisor.send(
             "loaded",
@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
         supervisor.send("failed", reason=f"its signature is too long: {error}", detail="")
         return 1
     mailbox.start()
-    Worker(loaded, consumer, mailbox, supervisor, load["max_queue_delay_us"]).run()
+    Worker(loaded, consumer, mailbox, supervisor, options.max_queue_delay_us).run()
     return 0
 
 

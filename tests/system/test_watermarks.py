@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.system import watermarks
-from tests.system.watermarked import ENCODINGS, KINDS, ids_of, request_of, write_repository
+from tests.system.watermarked import ENCODINGS, KINDS, Tally, ids_of, request_of, write_repository
 
 REQUESTS = 10_000
 SEED = 20
@@ -41,7 +41,7 @@ def msgpack_request(kind: str):
     return next(r for r in drawn if (r.kind, r.encoding) == (kind, "msgpack"))
 
 
-def check(request, outputs: dict[str, np.ndarray], version: str) -> watermarks.Tally:
+def check(request, outputs: dict[str, np.ndarray], version: str) -> Tally:
     """What the tally makes of an answer that holds these outputs."""
     entries = [
         {
@@ -53,7 +53,7 @@ def check(request, outputs: dict[str, np.ndarray], version: str) -> watermarks.T
         for name, array in outputs.items()
     ]
     body = msgpack.packb({"model_version": version, "outputs": entries})
-    tally = watermarks.Tally()
+    tally = Tally()
     headers = {"content-type": "application/msgpack", "x-model-version": version}
     tally.check(request, headers, body)
     return tally

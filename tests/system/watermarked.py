@@ -1,4 +1,4 @@
-"""Watermarked requests: models, tensors whose every element says whose it is, and their wire forms.
+"""Watermarked requests: models, tensors whose every element says whose it is, wire forms, and a tally.
 
 Each row of a request has a 64-bit id that no other has, and all its elements follow from that; so do
 those of the answer.
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 import struct
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgpack
@@ -304,11 +305,78 @@ def _array(data: bytes | list, dtype: np.dtype) -> np.ndarray:
     return array
 
 
-def foreign_bytes(got: np.ndarray, expected: np.ndarray) -> int:
-    """Bytes of the elements that are not what they must be; the shapes are the same."""
-    return size(got[got != expected])
+# Counting
 
 
-def size(array: np.ndarray) -> int:
+@dataclass
+class Tally:
+    """What came of all requests.
+
+    Attributes:
+        right: answers all of whose elements are their asker's, by model and encoding.
+        elements, checked_bytes: in the right ones.
+        wrong: what was wrong, one line for an answer that is not right.
+        foreign_bytes: in elements that are not what they must be.
+        left: clients that went away, by when.
+        errors: answers other than 200, by status.
+        excused: connections broken by the kill of a front end, whose request was sent again.
+        broken: other broken connections.
+        unanswered: requests whose time was over.
+        slow: answers that were read slowly, to the end.
+        killed: by what and signal.
+    """
+
+    right: Counter[tuple[str, str]] = field(default_factory=Counter)
+    elements: int = 0
+    checked_bytes: int = 0
+    wrong: list[str] = field(default_factory=list)
+    foreign_bytes: int = 0
+    left: Counter[str] = field(default_factory=Counter)
+    errors: Counter[int] = field(default_factory=Counter)
+    excused: int = 0
+    broken: int = 0
+    unanswered: int = 0
+    slow: int = 0
+    killed: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def requests(self) -> int:
+        """How many have had an end."""
+        answers = self.right.total() + len(self.wrong) + self.errors.total()
+        return answers + self.left.total() + self.broken + self.unanswered
+
+    def check(self, request: Request, headers: dict[str, str], body: bytes) -> None:
+        """Hold a whole answer with status 200 against its request."""
+        try:
+            version, outputs = outputs_of(headers, body)
+        except (ValueError, TypeError, KeyError, struct.error) as error:
+            self._blame(request, f"it does not decode: {error}")
+            return
+        if not version == headers["x-model-version"] == str(request.version):
+            self._blame(request, f"it is of version {version}")
+        elif {name: (a.dtype, a.shape) for name, a in outputs.items()} != {
+            name: (a.dtype, a.shape) for name, a in request.expected.items()
+        }:
+            self._blame(request, "names, datatypes or shapes differ")
+        elif foreign := sum(
+            _foreign_bytes(outputs[name], array) for name, array in request.expected.items()
+        ):
+            self.foreign_bytes += foreign
+            self._blame(request, f"{foreign} bytes are not its own")
+        else:
+            self.right[request.kind, request.encoding] += 1
+            self.elements += sum(array.size for array in outputs.values())
+            self.checked_bytes += sum(map(_size, outputs.values()))
+
+    def _blame(self, request: Request, what: str) -> None:
+        self.wrong.append(f"{request.kind}, {request.encoding}: {what}")
+
+
+def _foreign_bytes(got: np.ndarray, expected: np.ndarray) -> int:
+    """Bytes of the elements that are not what they must be."""
+    return _size(got[got != expected])
+
+
+def _size(array: np.ndarray) -> int:
     """Bytes of the elements."""
     return sum(map(len, array.flat)) if array.dtype.hasobject else array.nbytes

@@ -18,11 +18,10 @@ import os
 import random
 import signal
 import socket
-import struct
 import sys
 import tempfile
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import uvloop
@@ -35,10 +34,8 @@ from tests.system.watermarked import (
     ENCODINGS,
     KINDS,
     Request,
-    foreign_bytes,
-    outputs_of,
+    Tally,
     request_of,
-    size,
     write_repository,
 )
 
@@ -62,71 +59,6 @@ NO_ANSWER_S = 60
 """A request that has no answer by then never gets one."""
 
 ALLOWED_ERRORS = {429, 503, 504}
-
-
-# Counting
-
-
-@dataclass
-class Tally:
-    """What came of all requests.
-
-    Attributes:
-        right: answers all of whose elements are their asker's, by model and encoding.
-        elements, checked_bytes: in the right ones.
-        wrong: what was wrong, one line for an answer that is not right.
-        foreign_bytes: in elements that are not what they must be.
-        left: clients that went away, by when.
-        errors: answers other than 200, by status.
-        excused: connections broken by the kill of a front end, whose request was sent again.
-        broken: other broken connections.
-        unanswered: requests whose time was over.
-        slow: answers that were read slowly, to the end.
-        killed: by what and signal.
-    """
-
-    right: Counter[tuple[str, str]] = field(default_factory=Counter)
-    elements: int = 0
-    checked_bytes: int = 0
-    wrong: list[str] = field(default_factory=list)
-    foreign_bytes: int = 0
-    left: Counter[str] = field(default_factory=Counter)
-    errors: Counter[int] = field(default_factory=Counter)
-    excused: int = 0
-    broken: int = 0
-    unanswered: int = 0
-    slow: int = 0
-    killed: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def requests(self) -> int:
-        """How many have had an end."""
-        answers = self.right.total() + len(self.wrong) + self.errors.total()
-        return answers + self.left.total() + self.broken + self.unanswered
-
-    def check(self, request: Request, headers: dict[str, str], body: bytes) -> None:
-        """Hold a whole answer with status 200 against its request."""
-        try:
-            version, outputs = outputs_of(headers, body)
-        except (ValueError, TypeError, KeyError, struct.error) as error:
-            self._blame(request, f"it does not decode: {error}")
-            return
-        if not version == headers["x-model-version"] == str(request.version):
-            self._blame(request, f"it is of version {version}")
-        elif {name: (a.dtype, a.shape) for name, a in outputs.items()} != {
-            name: (a.dtype, a.shape) for name, a in request.expected.items()
-        }:
-            self._blame(request, "names, datatypes or shapes differ")
-        elif foreign := sum(map(foreign_bytes, outputs.values(), request.expected.values())):
-            self.foreign_bytes += foreign
-            self._blame(request, f"{foreign} bytes are not its own")
-        else:
-            self.right[request.kind, request.encoding] += 1
-            self.elements += sum(array.size for array in outputs.values())
-            self.checked_bytes += sum(map(size, outputs.values()))
-
-    def _blame(self, request: Request, what: str) -> None:
-        self.wrong.append(f"{request.kind}, {request.encoding}: {what}")
 
 
 class Progress:

@@ -782,11 +782,12 @@ def test_the_tables_and_the_models_say_the_same(document, heading, model):
 
 
 def yaml_examples():
-    blocks = (DOCUMENTS / "models.md").read_text(encoding="utf-8").split("```yaml\n")[1:]
-    return [block.split("```")[0] for block in blocks]
+    for path in (DOCUMENTS / "models.md", DOCUMENTS.parent / "README.md"):
+        for block in path.read_text(encoding="utf-8").split("```yaml\n")[1:]:
+            yield block.split("```")[0]
 
 
-@pytest.mark.parametrize("example_text", yaml_examples())
+@pytest.mark.parametrize("example_text", list(yaml_examples()))
 def test_the_documentation_shows_settings_that_are_taken(example_text, model_file):
     assert load_model_settings(model_file(example_text)) != ModelSettings()
 
