@@ -48,6 +48,7 @@ def load_plan(
         warmup_samples=None if samples is None else os.fspath(path.parent.parent / samples),
         memory_bytes=settings.memory_bytes,
         memory_left_bytes=memory_left_bytes,
+        max_answer_bytes=server.max_answer_bytes,
     )
 
 

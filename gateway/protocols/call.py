@@ -26,6 +26,11 @@ from gateway.tensors import (
     element_count,
 )
 
+_MAX_ELEMENTS = {
+    t.name: MAX_ELEMENTS // (1 if t.numpy is None else t.itemsize) for t in DATATYPES.values()
+}
+"""Elements whose bytes still fit in 63 bits, beside a zero in the shape, too."""
+
 _ITEMSIZES = {t.name: t.itemsize for t in DATATYPES.values() if t.numpy is not None}
 
 _ANY_DIMS: Shape = (None,) * MAX_RANK
@@ -205,7 +210,7 @@ def _check_tensor(
             )
     elements = element_count(shape)
     # Beside a zero the other dims must not overflow either: an output may lack the zero.
-    if (elements or element_count([dim or 1 for dim in shape])) > MAX_ELEMENTS:
+    if (elements or element_count([dim or 1 for dim in shape])) > _MAX_ELEMENTS[datatype.name]:
         raise _too_many_elements(spec)
     if has_rows and (not shape or not shape[0]):
         raise InvalidRequest(f"input '{spec.name}' has no rows: its first dim must be at least 1")

@@ -97,7 +97,7 @@ def _raw_call(data: memoryview, signature: Signature) -> InferCall:
         return _raw_tensor(spec, [1] * len(shape), data)
     for position in variable:
         step = element_count([dim for dim in shape if dim >= 0]) * spec.datatype.itemsize
-        if data.nbytes % step:
+        if not step or data.nbytes % step:
             raise InvalidRequest(
                 f"input '{spec.name}': expected a multiple of {step} bytes, got {data.nbytes}"
             )

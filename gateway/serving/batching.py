@@ -8,6 +8,7 @@ and beside rows of quite another size.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -30,6 +31,10 @@ ROWS = 3
 
 LOUD = 64
 """How much larger the mates' values are in the last test: a scale taken from the batch shows."""
+
+LOUD_NUMBERS = (3, 20, 1000)
+"""Up to what the mates' whole numbers go there: a length or an index taken from the batch shows. The
+larger ones may be outside of what the model takes."""
 
 _TOLERANCES = {"FP16": 5e-3, "BF16": 4e-2}
 """Of an answer's largest value, by datatype; kernels round differently at other batch sizes."""
@@ -126,7 +131,12 @@ def tested(
             return signature, None, None
         reason = "no made-up input ran, so it is not known whether rows are independent"
     else:
-        found = _dependence(session, sample, is_exact=bool(ops & _NOT_EXACT))
+        found = _dependence(
+            session,
+            sample,
+            is_exact=bool(ops & _NOT_EXACT),
+            must_show=unknown is not None and _has_discrete(signature),
+        )
         if found is None or (plan.accept_batch_effects and found == _EFFECT):
             return signature, None, sample
         reason = found
@@ -166,8 +176,26 @@ def lacks_memory(text: str) -> bool:
     return "bad_alloc" in text or "allocat" in text
 
 
-def _dependence(session: ModelSession, sample: Sample, *, is_exact: bool) -> str | None:
-    """How rows depend on each other, None if they do not as far as these runs show."""
+def _has_discrete(signature: Signature) -> bool:
+    """Whether an input holds what sizes are made of: whole numbers, or strings."""
+    return any(
+        spec.datatype.numpy is None or spec.datatype.dtype.kind in "iub"
+        for spec in signature.inputs
+        if spec.datatype.name != "BF16"
+    )
+
+
+def _dependence(
+    session: ModelSession, sample: Sample, *, is_exact: bool, must_show: bool
+) -> str | None:
+    """How rows depend on each other, None if they do not as far as these runs show.
+
+    Args:
+        session: the model's.
+        sample: on which it runs.
+        is_exact: not even the last bit may change.
+        must_show: it counts as dependence that no run beside loud rows succeeded.
+    """
     arrays = sample.arrays(ROWS)
     try:
         together = session.run_arrays(arrays)
@@ -183,26 +211,36 @@ def _dependence(session: ModelSession, sample: Sample, *, is_exact: bool) -> str
         for i, row in enumerate(rows):
             if not _same(spec, output[i : i + 1], row, is_exact=is_exact):
                 return _EFFECT
-    for quiet in (0, ROWS - 1):
+    has_shown = False
+    for quiet, loud in itertools.product((0, ROWS - 1), LOUD_NUMBERS):
         try:
-            mixed = session.run_arrays(_loud(sample, arrays, quiet))
+            mixed = session.run_arrays(_beside_loud(sample, arrays, quiet, loud))
         except RunError:
             continue  # the loud values are outside of the model's domain
+        has_shown = True
         for spec, output, row in zip(session.outputs, mixed, alone[quiet], strict=True):
             if not _same(spec, output[quiet : quiet + 1], row, is_exact=is_exact):
                 return _EFFECT
+    if must_show and not has_shown:
+        return "the size of an output may depend on the values of all rows: no run could show it"
     return None
 
 
-def _loud(sample: Sample, arrays: Arrays, quiet: int) -> Arrays:
-    """The same rows, all but one of them with large values where they are floating point."""
+def _beside_loud(sample: Sample, arrays: Arrays, quiet: int, loud: int) -> Arrays:
+    """One row as it was among others of large values: floats many times, whole numbers up to `loud`."""
+    rng = np.random.default_rng(loud)
     changed = {}
     for spec in sample.inputs:
         array = arrays[spec.name].copy()
-        if array.dtype.kind == "f":
-            kept = array[quiet].copy()
+        kept = array[quiet : quiet + 1].copy()
+        if spec.datatype.numpy is None:
+            array[:] = b"1 2 3 4 " * loud
+        elif array.dtype.kind == "f":
             array = array * np.asarray(LOUD, array.dtype)
-            array[quiet] = kept
+        elif array.dtype.kind in "iu" and spec.datatype.name != "BF16":
+            high = min(loud, np.iinfo(spec.datatype.dtype).max)
+            array = rng.integers(high // 2, high + 1, array.shape).astype(array.dtype)
+        array[quiet : quiet + 1] = kept
         changed[spec.name] = array
     return changed
 

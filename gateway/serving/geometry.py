@@ -163,9 +163,7 @@ def shape_of(
     return SlotShape(dims, capacity, inputs, input_bytes, outputs, output_bytes)
 
 
-def slot_shape(
-    signature: Signature, dims: Dims, string_row_bytes: int, lane_bytes: int
-) -> SlotShape | None:
+def slot_shape(signature: Signature, dims: Dims, lane_bytes: int) -> SlotShape | None:
     """The layout of a front end's slots for these dims; None where not even one row fits a lane.
 
     A slot holds `max_batch_size` rows, fewer where rows are very large. Outputs of which not one row
@@ -174,11 +172,10 @@ def slot_shape(
     Args:
         signature: the model's.
         dims: dims of a row of each input.
-        string_row_bytes: heap bytes for the strings of one row.
-        lane_bytes: budget of a lane's inputs, and of its outputs.
+        lane_bytes: budget of a lane's inputs, and of its outputs; strings have one of their own.
     """
     one = shape_of(signature, dims, 1)
-    row_bytes = string_row_bytes + sum(p.row_bytes for p in one.inputs)
+    row_bytes = sum(p.row_bytes for p in one.inputs)
     output_bytes = sum(p.row_bytes for p in one.outputs or ())
     is_described = one.outputs is None
     if output_bytes > lane_bytes:
@@ -193,15 +190,23 @@ def slot_shape(
     return shape_of(signature, dims, capacity, is_described=is_described)
 
 
+def string_heap(row_bytes: int, capacity: int, lane_bytes: int) -> int:
+    """Heap of a slot whose rows have so many bytes of strings: a size class, at most a lane's budget.
+
+    The strings of one request always fit: `max_request_bytes` is at most `lane_bytes`.
+    """
+    return min(size_class(row_bytes, SMALLEST_STRINGS_BYTES) * capacity, lane_bytes)
+
+
 def lane_spec(
-    signature: Signature, shape: SlotShape, string_row_bytes: int, lane_bytes: int
+    signature: Signature, shape: SlotShape, string_bytes: int, lane_bytes: int
 ) -> LaneSpec:
     """The lane that holds slots of this shape.
 
     A model with fixed dims gets slots of exactly its size; with variable ones, slots of a size class,
     so that similar shapes share a lane. Slots come from a byte budget.
     """
-    input_bytes = shape.input_bytes + shape.capacity * string_row_bytes
+    input_bytes = shape.input_bytes + string_bytes
     output_bytes = shape.output_bytes
     if not has_fixed_dims(signature):
         input_bytes = output_bytes = size_class(max(input_bytes, output_bytes))

@@ -30,11 +30,12 @@ class Padder:
         specs = (*signature.inputs, *signature.outputs)
         self._inputs = [_axes(signature, spec, by_symbol) for spec in signature.inputs]
         self._axes = {spec.name: _axes(signature, spec, by_symbol) for spec in specs}
-        values = {name: value for padding in signature.padding for name, value in padding.values}
         self._fill = {
-            spec.name: _element(spec, values.get(spec.name, 0))
+            spec.name: [
+                _element(spec, dict(padding.values).get(spec.name, 0))
+                for _axis, padding in self._axes[spec.name]
+            ]
             for spec in signature.inputs
-            if spec.datatype.numpy is not None
         }
 
     def raise_dims(self, dims: Dims) -> tuple[Dims, dict[str, int]]:
@@ -65,8 +66,14 @@ class Padder:
         dtype = p.spec.datatype.dtype
         rows = tensor.shape[0] if p.has_rows else 1
         target = np.ndarray(p.dims(rows), dtype, buffer, at)
-        target.fill(self._fill[p.spec.name])
         own = tensor.shape[1:] if p.has_rows else tensor.shape
+        ahead = (slice(None),) if p.has_rows else ()
+        for (axis, padding), value in zip(
+            self._axes[p.spec.name], self._fill[p.spec.name], strict=True
+        ):
+            length, room = own[axis], p.inner[axis]
+            outside = slice(length, room) if padding.at_end else slice(0, room - length)
+            target[(*ahead, *(slice(None),) * axis, outside)] = value
         target[self._part(p, own)] = np.frombuffer(raw(tensor), dtype).reshape(tensor.shape)
 
     def cut(

@@ -79,7 +79,7 @@ class Placement:
         if call.rows > key.shape.capacity:
             raise TooLarge(
                 f"lane_bytes ({self._lane_bytes}) holds {key.shape.capacity} rows of this shape, "
-                f"the request has {call.rows}"
+                f"the request has {call.rows}: send fewer at once"
             )
         return key, lengths
 
@@ -161,20 +161,23 @@ class Placement:
         if len(self._keys) >= MAX_SHAPES:
             self._keys.clear()  # ids go on: a worker never sees one with two meanings
         signature = self._signature
-        shape = geometry.slot_shape(signature, dims, row_strings, self._lane_bytes)
+        shape = geometry.slot_shape(signature, dims, self._lane_bytes)
         if shape is None:
             raise TooLarge(
                 f"one row of this shape does not fit lane_bytes ({self._lane_bytes}), "
                 f"as inputs or as outputs"
             )
-        spec = geometry.lane_spec(signature, shape, row_strings, self._lane_bytes)
+        heap = 0
+        if row_strings:
+            heap = geometry.string_heap(row_strings, shape.capacity, self._lane_bytes)
+        spec = geometry.lane_spec(signature, shape, heap, self._lane_bytes)
         lane = next((lane for lane in self.lanes if lane.spec == spec), None)
         if lane is None:
             lane = self._make_lane(spec)
         # An optional input is there once in a batch, so it can be of one request only.
         takes_mates = signature.is_batched and all(p.has_rows for p in shape.inputs)
         key = self._keys[dims, row_strings] = ShapeKey(
-            self._next_shape_id, shape, row_strings * shape.capacity, lane.number, takes_mates
+            self._next_shape_id, shape, heap, lane.number, takes_mates
         )
         self._next_shape_id += 1
         return key

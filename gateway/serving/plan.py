@@ -67,6 +67,7 @@ class LoadPlan:
         warmup_samples: an .npz file to warm up with.
         memory_bytes: most memory that loading may take; None: no limit of the model's own.
         memory_left_bytes: what the server has left; None: nobody counts.
+        max_answer_bytes: most bytes of a run's outputs that do not fit a slot.
     """
 
     path: str
@@ -79,6 +80,7 @@ class LoadPlan:
     warmup_samples: str | None = None
     memory_bytes: int | None = None
     memory_left_bytes: int | None = None
+    max_answer_bytes: int = 1 << 28
 
     @property
     def asked_batch_size(self) -> int | None:

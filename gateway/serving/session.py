@@ -234,7 +234,12 @@ def _copy(value: ort.OrtValue, spec: TensorSpec) -> Array:
         nbytes = element_count(dims) * spec.datatype.itemsize
         raw = ctypes.string_at(value.data_ptr(), nbytes) if nbytes else b""
         return np.frombuffer(raw, spec.datatype.dtype).reshape(dims)
-    return np.ascontiguousarray(value.numpy()).reshape(dims)
+    try:
+        return np.ascontiguousarray(value.numpy()).reshape(dims)
+    except ValueError:
+        raise RunError(
+            f"an output has dims that cannot be handed over ({len(dims)} of them)"
+        ) from None
 
 
 def _open(path: Path, facts: ModelFacts, execution: Execution) -> ort.InferenceSession:

@@ -64,6 +64,7 @@ class Worker:
         mailbox: Mailbox,
         supervisor: Channel,
         max_queue_delay_us: int,
+        max_answer_bytes: int,
     ) -> None:
         self._session = loaded.session
         self._signature = loaded.signature
@@ -72,6 +73,7 @@ class Worker:
         self._mailbox = mailbox
         self._supervisor = supervisor
         self._max_queue_delay_ns = max_queue_delay_us * NS_PER_US
+        self._max_answer_bytes = max_answer_bytes
         self._lanes: dict[LaneKey, AttachedLane] = {}
         self._channels: dict[int, Channel] = {}  # to front ends, by descriptor
         self._orphan = False
@@ -199,6 +201,10 @@ class Worker:
                 raise RunError(f"an output has {array.ndim} dims, of {MAX_RANK} at most")
             described.append((array.shape, end, len(data)))
             end = geometry.align(end + len(data))
+        if end > max(self._max_answer_bytes, lane.spec.output_slot_bytes):
+            raise RunError(
+                f"the outputs take {end} bytes, max_answer_bytes is {self._max_answer_bytes}"
+            )
         with lane.output_region(slot) as region:
             is_spilled = end > len(region)
             descriptors.write_descriptors(region, described, is_spilled=is_spilled)
@@ -284,12 +290,12 @@ def main(argv: list[str] | None = None) -> int:
     if received is None:
         return 0
     load, (board_fd,) = received
-    options = WorkerOptions.from_wire(load["options"])
+    options, plan = WorkerOptions.from_wire(load["options"]), LoadPlan.from_wire(load["plan"])
     logs.configure(options.log_level, options.log_format)
     try:
         if options.cpus is not None:
             _stay_on(options.cpus)
-        loaded = loader.load(LoadPlan.from_wire(load["plan"]), partial(supervisor.send, "warming"))
+        loaded = loader.load(plan, partial(supervisor.send, "warming"))
     except LoadError as error:
         supervisor.send("failed", reason=error.message, detail=error.detail)
         return 1
@@ -307,7 +313,9 @@ def main(argv: list[str] | None = None) -> int:
         supervisor.send("failed", reason=f"its signature is too long: {error}", detail="")
         return 1
     mailbox.start()
-    Worker(loaded, consumer, mailbox, supervisor, options.max_queue_delay_us).run()
+    Worker(
+        loaded, consumer, mailbox, supervisor, options.max_queue_delay_us, plan.max_answer_bytes
+    ).run()
     return 0
 
 

@@ -81,6 +81,8 @@ class ServerSettings(BaseSettings, frozen=True, extra="forbid", use_attribute_do
     """Time that a version gets to load and warm up before it counts as failed."""
     max_request_bytes: Annotated[int, _between(1 << 10, 1 << 32)] = 64 << 20
     """Longest request body, as sent and decompressed; beyond it 413."""
+    max_answer_bytes: Annotated[int, _between(1 << 20, 1 << 36)] = 256 << 20
+    """Most bytes of the outputs of a run that do not fit a slot of shared memory; beyond it 500."""
     max_header_bytes: Annotated[int, _between(1 << 10, 1 << 20)] = 16 << 10
     """Longest request line, and longest header; not their sum."""
     keepalive_timeout_s: Annotated[float, _between(1, 3600, "a number")] = 75.0

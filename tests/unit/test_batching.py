@@ -155,6 +155,13 @@ DEPENDENT = {
     "the largest of the batch": "(float[n] x) => (float[n] y) { m = ReduceMax (x)  y = Div (x, m) }",
     "a scale of the batch": quantised("float[n, 4] x", "f = Neg (x)"),
     "a scale of the batch, of whole numbers": EMBEDDED,
+    "only large whole numbers show it": "(int64[n] x) => (int64[n] y) "
+    "<int64[1] a = {0}, int64 k = {100}> "
+    "{ m = ReduceMax <keepdims = 1> (x, a)  d = Div (m, k)  y = Add (x, d) }",
+    "a width for the largest": "(int64[n] x) => (bool[n, k] y) <int64 zero = {0}, int64 one = {1}, "
+    "int64[1] first = {0}, int64[1] second = {1}, int64 eight = {8}> "
+    "{ m = ReduceMax <keepdims = 0> (x, first)  d = Div (m, eight)  e = Add (d, one) "
+    "k = Mul (e, eight)  r = Range (zero, k, one)  c = Unsqueeze (x, second)  y = Less (r, c) }",
     "only its largest rows show it": "(float[n, 4] x) => (float[n, 4] y) "
     "{ m = ReduceMax (x)  limit = Constant <value = float {20}> ()  r = Max (m, limit) "
     "y = Div (x, r) }",

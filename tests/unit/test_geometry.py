@@ -83,7 +83,7 @@ def test_only_required_inputs_of_batched_models_have_rows():
 
 
 def test_a_whole_model_has_slots_of_one_row_which_is_the_tensor():
-    shape = geometry.slot_shape(SCALAR, ((),), 0, 1 << 20)
+    shape = geometry.slot_shape(SCALAR, ((),), 1 << 20)
     assert shape.capacity == 1
     (x,), (y,) = shape.inputs, shape.outputs
     assert (x.dims(1), x.row_bytes, x.span(0, 1)) == ((), 4, (0, 4))
@@ -92,7 +92,7 @@ def test_a_whole_model_has_slots_of_one_row_which_is_the_tensor():
 
 @pytest.mark.parametrize("dims", [(0,), (3, 0, 2), (1,) * MAX_RANK])
 def test_tensors_of_any_dims_have_a_place_also_without_elements(dims):
-    shape = geometry.slot_shape(ANY_RANK, (dims,), 0, 1 << 20)
+    shape = geometry.slot_shape(ANY_RANK, (dims,), 1 << 20)
     (x,) = shape.inputs
     assert x.dims(1) == dims
     assert x.row_bytes == 4 * int(np.prod(dims))
@@ -105,7 +105,7 @@ def test_a_lane_of_nothing_but_empty_tensors_still_has_memory():
     empty = signature(
         TensorSpec("x", FP32, ("n", 0)), outputs=(TensorSpec("y", FP32, ("n", 0)),)
     )  # fmt: skip
-    shape = geometry.slot_shape(empty, ((0,),), 0, 1 << 20)
+    shape = geometry.slot_shape(empty, ((0,),), 1 << 20)
     assert shape.capacity == 8
     assert geometry.lane_spec(empty, shape, 0, 1 << 20).input_slot_bytes == LINE
 
@@ -114,13 +114,13 @@ def test_a_fixed_model_gets_exact_slots_and_a_dynamic_one_size_classes():
     fixed = signature(
         TensorSpec("x", FP32, ("n", 16)), outputs=(TensorSpec("y", FP32, ("n", 4)),), rows=64
     )
-    shape = geometry.slot_shape(fixed, ((16,),), 0, 1 << 26)
+    shape = geometry.slot_shape(fixed, ((16,),), 1 << 26)
     spec = geometry.lane_spec(fixed, shape, 0, 1 << 26)
     assert spec.input_slot_bytes == 64 * 16 * 4
     assert spec.slot_count == geometry.MAX_SLOT_COUNT
     specs = set()
     for length in range(1, 3000):
-        shape = geometry.slot_shape(DYNAMIC, ((length,), (3,)), 0, 1 << 26)
+        shape = geometry.slot_shape(DYNAMIC, ((length,), (3,)), 1 << 26)
         spec = geometry.lane_spec(DYNAMIC, shape, 0, 1 << 26)
         assert shape.input_bytes <= spec.input_slot_bytes
         assert shape.output_bytes <= spec.output_slot_bytes
@@ -147,8 +147,8 @@ def test_whatever_varies_makes_a_model_variable(spec):
     assert not geometry.has_fixed_dims(signature(TensorSpec("x", FP32, ("n", 3)), rows=0))
 
 
-def capacity(signature, dims, lane_bytes=1 << 20, string_row_bytes=0):
-    shape = geometry.slot_shape(signature, dims, string_row_bytes, lane_bytes)
+def capacity(signature, dims, lane_bytes=1 << 20):
+    shape = geometry.slot_shape(signature, dims, lane_bytes)
     return None if shape is None else shape.capacity
 
 
@@ -160,7 +160,7 @@ def test_very_large_rows_make_smaller_batches():
 
 
 def test_outputs_of_which_not_one_row_fits_are_left_to_the_worker():
-    shape = geometry.slot_shape(DYNAMIC, ((1 << 17,), (3,)), 0, 1 << 20)
+    shape = geometry.slot_shape(DYNAMIC, ((1 << 17,), (3,)), 1 << 20)
     assert shape.capacity == 1
     assert shape.outputs is None
     assert shape.output_bytes == geometry.head_bytes(1) + geometry.DESCRIBED_OUTPUT_BYTES
@@ -175,17 +175,23 @@ def test_allowed_batch_sizes_round_the_capacity_down(length):
     assert capacity(padded, ((length,), (3,))) == (max(fitting) if fitting else None)
 
 
-def test_strings_count_towards_a_row():
+def test_strings_have_a_heap_of_their_own():
     texts = signature(
         TensorSpec("s", BYTES, ("n", 5)), outputs=(TensorSpec("y", FP32, ("n", 1)),)
     )  # fmt: skip
-    shape = geometry.slot_shape(texts, ((5,),), 256, 1 << 20)
+    shape = geometry.slot_shape(texts, ((5,),), 1 << 20)
     assert shape.capacity == 8
     assert shape.inputs[0].row_bytes == geometry.STRINGS.size  # a record, whatever the row holds
-    spec = geometry.lane_spec(texts, shape, 256, 1 << 20)
-    assert spec.input_slot_bytes >= shape.input_bytes + 8 * 256
-    assert capacity(texts, ((5,),), string_row_bytes=1 << 18) == 3
-    assert capacity(texts, ((5,),), string_row_bytes=1 << 20) is None
+    heap = geometry.string_heap(200, shape.capacity, 1 << 20)
+    assert heap == 8 * 256
+    spec = geometry.lane_spec(texts, shape, heap, 1 << 20)
+    assert spec.input_slot_bytes >= shape.input_bytes + heap
+
+
+@given(rows=st.integers(1, 64), total=st.integers(0, 1 << 26))
+def test_the_strings_of_one_request_always_fit_the_heap(rows, total):
+    heap = geometry.string_heap(-(-total // rows), 64, 1 << 26)
+    assert total <= heap <= 1 << 26
 
 
 @given(nbytes=st.integers(0, 1 << 40), smallest=st.sampled_from([256, 4096]))

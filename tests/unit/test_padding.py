@@ -105,7 +105,15 @@ def test_padding_stands_behind_the_data_or_in_front_with_each_input_s_own_value(
 def test_several_dims_are_padded_at_once():
     image = np.arange(2 * 2 * 2 * 2, dtype=np.float32).reshape(2, 2, 2, 2)
     expected = np.full((2, 4, 2, 3), -1, np.float32)
+    expected[..., 2:] = 0  # each dim has a value of its own
     expected[:, 2:, :, :2] = image
+    np.testing.assert_array_equal(written(signature(IMAGE, padding=TWO), image), expected)
+
+
+def test_a_dim_that_is_not_padded_lends_no_value():
+    image = np.arange(2 * 4 * 2 * 2, dtype=np.float32).reshape(2, 4, 2, 2)  # the height is a bucket
+    expected = np.zeros((2, 4, 2, 3), np.float32)
+    expected[..., :2] = image
     np.testing.assert_array_equal(written(signature(IMAGE, padding=TWO), image), expected)
 
 
