@@ -68,7 +68,9 @@ def through_the_channel(plan: LoadPlan) -> LoadPlan:
 
 def test_every_setting_arrives_in_the_worker(server, cpus, tmp_path):
     settings = ModelSettings.model_validate(ALL_SETTINGS)
-    plan = load_plan(PATH, settings, server(), Instance.model_validate(GPU), 12345)
+    plan = load_plan(
+        PATH, settings, server(max_answer_bytes=7 << 20), Instance.model_validate(GPU), 12345
+    )
     expected = LoadPlan(
         path=str(PATH),
         execution=Execution(
@@ -94,6 +96,7 @@ def test_every_setting_arrives_in_the_worker(server, cpus, tmp_path):
         warmup_samples="/models/m/samples.npz",
         memory_bytes=1 << 30,
         memory_left_bytes=12345,
+        max_answer_bytes=7 << 20,
     )
     assert plan == expected
     assert through_the_channel(plan) == expected
@@ -101,7 +104,9 @@ def test_every_setting_arrives_in_the_worker(server, cpus, tmp_path):
 
 def test_the_test_above_leaves_no_field_at_its_default(server, cpus):
     settings = ModelSettings.model_validate(ALL_SETTINGS)
-    plan = load_plan(PATH, settings, server(), Instance.model_validate(GPU), 12345)
+    plan = load_plan(
+        PATH, settings, server(max_answer_bytes=7 << 20), Instance.model_validate(GPU), 12345
+    )
     for made, default in ((plan, LoadPlan("")), (plan.execution, Execution())):
         for field in dataclasses.fields(made):
             assert getattr(made, field.name) != getattr(default, field.name), field.name
@@ -120,7 +125,9 @@ def test_whole_numbers_stay_whole_in_padding(server, cpus):
     settings = ModelSettings.model_validate(
         {"padding": {"length": {"buckets": [8], "values": {"ids": -(1 << 63)}}}}
     )
-    plan = through_the_channel(load_plan(PATH, settings, server(), Instance(), 0))
+    plan = through_the_channel(
+        load_plan(PATH, settings, server(max_answer_bytes=7 << 20), Instance(), 0)
+    )
     ((_, value),) = plan.padding[0].values
     assert (type(value), value) == (int, -(1 << 63))
 
