@@ -1,23 +1,67 @@
-"""Models of sequences of tokens, for `padding.py`: small ONNX graphs with random weights.
+"""Models of sequences of tokens, for `padding.py`: small ONNX graphs with random weights, and their traffic.
 
 All take `input_ids` and `attention_mask`, INT64 [batch, seq]. See `models.py` for the others.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from models import GraphWriter
 from onnx import GraphProto, NodeProto, TensorProto, helper
 
-VOCABULARY = 8192
 LABELS = 9
 TAGGER_WIDTH = 128
 TAGGER_HEADS = 2
 SENTENCE_WIDTH = 64
 
 LABELLER_WIDTH = 64
+SPREAD_OF_LOGS = 0.75
+
+Inputs = dict[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a model is asked: sequences whose lengths are log-normal.
+
+    Attributes:
+        unit: what a token is, in the plural.
+        vocabulary: how many tokens there are.
+        median, longest: of the lengths, in tokens.
+        buckets: the lengths that are padded to, ascending; the last is `longest`.
+    """
+
+    unit: str
+    vocabulary: int
+    median: int
+    longest: int
+    buckets: tuple[int, ...]
+
+    def lengths(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Lengths, cut to 1..`longest`."""
+        drawn = np.exp(rng.normal(np.log(self.median), SPREAD_OF_LOGS, count))
+        return np.clip(np.rint(drawn), 1, self.longest).astype(int)
+
+    def row(self, length: int, rng: np.random.Generator) -> Inputs:
+        """One row of that length."""
+        return {
+            "input_ids": rng.integers(0, self.vocabulary, (1, length)),
+            "attention_mask": np.ones((1, length), np.int64),
+        }
+
+    def bucket_of(self, length: int) -> int:
+        """What a length is padded to."""
+        return next(bucket for bucket in self.buckets if bucket >= length)
+
+
+WORDS = Traffic("words", 8192, 20, 128, (16, 32, 64, 128))
+"""Sentences, for `tagger` and `sentence`."""
+
+CHARACTERS = Traffic("characters", 256, 80, 400, (32, 64, 128, 256, 400))
+"""Names and addresses in single lines, for `labeller`."""
 
 
 def tagger(path: Path) -> None:
@@ -39,7 +83,7 @@ def tagger(path: Path) -> None:
         projected = g.dense(x, width, width)
         return g.node("Transpose", g.node("Reshape", projected, split), perm=order)
 
-    x, mask = _embedded(g, width)
+    x, mask = _embedded(g, WORDS, width)
     x = normalized(x)
     hidden = g.node("Mul", g.node("Sub", g.constant(1), mask), g.constant(-1e9))
     bias = g.node("Unsqueeze", hidden, g.constant([1, 2], np.int64))
@@ -66,14 +110,14 @@ def sentence(path: Path) -> None:
 
 
 def labeller(path: Path) -> None:
-    """Writes a labeller of tokens as recognisers of names are built: a convolution and a linear-chain CRF.
+    """Writes a labeller of characters as recognisers of names are: a convolution and a linear-chain CRF.
 
-    `input_ids`, `attention_mask` INT64 [batch, seq] -> `logits` FP32 [batch, seq, 9]: for each token the
-    probability of each label, by the forward-backward algorithm. That takes two steps a token, one after
+    `input_ids`, `attention_mask` INT64 [batch, seq] -> `logits` FP32 [batch, seq, 9]: for each character the
+    probability of each label, by the forward-backward algorithm. That takes two steps a character, one after
     the other, each over all rows of the batch: they cost by the step and hardly by the row.
     """
     g = GraphWriter("labeller")
-    x, mask = _embedded(g, LABELLER_WIDTH)
+    x, mask = _embedded(g, CHARACTERS, LABELLER_WIDTH)
     by_token = g.node("Unsqueeze", mask, g.constant([2], np.int64))
     kept = g.node("Transpose", g.node("Mul", x, by_token), perm=[0, 2, 1])
     weights = g.rng.standard_normal((LABELLER_WIDTH, LABELLER_WIDTH, 3))
@@ -162,7 +206,7 @@ def _step(name: str, nodes: list[NodeProto]) -> GraphProto:
 
 def _mean(g: GraphWriter) -> str:
     """Adds the inputs, and the mean of the embeddings that the mask keeps."""
-    x, mask = _embedded(g, SENTENCE_WIDTH)
+    x, mask = _embedded(g, WORDS, SENTENCE_WIDTH)
     kept = g.node("Mul", x, g.node("Unsqueeze", mask, g.constant([2], np.int64)))
     axis = g.constant([1], np.int64)
     total = g.node("ReduceSum", kept, axis, keepdims=0)
@@ -176,9 +220,17 @@ def _classified(g: GraphWriter, x: str, out: str | None = None) -> str:
     return g.dense(inner, SENTENCE_WIDTH, LABELS, out=out)
 
 
-def _embedded(g: GraphWriter, width: int) -> tuple[str, str]:
+def _embedded(g: GraphWriter, traffic: Traffic, width: int) -> tuple[str, str]:
     """Adds the inputs; the embeddings, and the mask as FP32."""
     ids = g.input("input_ids", TensorProto.INT64, ["seq"])
     mask = g.input("attention_mask", TensorProto.INT64, ["seq"])
-    table = g.constant(g.rng.standard_normal((VOCABULARY, width)))
+    table = g.constant(g.rng.standard_normal((traffic.vocabulary, width)))
     return g.node("Gather", table, ids), g.node("Cast", mask, to=TensorProto.FLOAT)
+
+
+MODELS = {
+    "labeller": (labeller, CHARACTERS),
+    "tagger": (tagger, WORDS),
+    "sentence": (sentence, WORDS),
+}
+"""What writes each, and its traffic."""

@@ -29,26 +29,15 @@ def serialise(elements: Iterable[bytes]) -> bytes:
 def skip(data: memoryview, count: int, start: int = 0) -> int:
     """Where the next ``count`` elements from ``start`` on end. ValueError: the data end before."""
     at, end, unpack = start, len(data), _LENGTH.unpack_from
-    for _ in range(count):
+    for found in range(count):
         if at + PREFIX_BYTES > end:
-            raise ValueError("the data end within a length")
+            if at == end:
+                raise ValueError(f"the data end after {found}")
+            raise ValueError(f"the data end within a {'string' if at > end else 'length'}")
         at += PREFIX_BYTES + unpack(data, at)[0]
     if at > end:
         raise ValueError("the data end within a string")
     return at
-
-
-def count(data: memoryview) -> int:
-    """How many elements there are. ValueError: the data end within one."""
-    found, at, end, unpack = 0, 0, len(data), _LENGTH.unpack_from
-    while at < end:
-        if at + PREFIX_BYTES > end:
-            raise ValueError("the data end within a length")
-        at += PREFIX_BYTES + unpack(data, at)[0]
-        found += 1
-    if at > end:
-        raise ValueError("the data end within a string")
-    return found
 
 
 def elements(data: memoryview) -> list[bytes]:

@@ -75,7 +75,7 @@ Keys of --json:
   repository  the folder as given; null: none
   models      a list, for each version and kind of worker: model, version, device,
               workers, threads, state (loaded, failed), reason, detail, seconds,
-              memory_bytes (of each worker, without ONNX Runtime itself),
+              memory_bytes (of each worker, ONNX Runtime's own included),
               max_batch_size (0: one request at a time), batching, output_transport,
               notes, inputs and outputs (name, datatype, shape, optional)
   ignored     a list of files and folders that are no models or versions, and why

@@ -18,14 +18,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from gateway.clock import NS_PER_MS, NS_PER_S, monotonic_ns
-from gateway.control.planning import MemoryBudget, load_plan
+from gateway.control.planning import MemoryBudget, load_plan, worker_options
 from gateway.control.process import start_process
 from gateway.control.repository import ModelEntry, VersionEntry, choose, scan_model
 from gateway.control.seat import describe_exit
 from gateway.errors import GatewayError, NotFound
 from gateway.serving import memory
 from gateway.serving.channel import Channel, Message, MessageTooLarge
-from gateway.serving.options import WorkerOptions
 from gateway.serving.plan import LoadPlan, Understanding
 from gateway.settings import Instance, ServerSettings
 from gateway.tensors import Signature
@@ -154,6 +153,9 @@ def _ask_worker(tried: Load, plan: LoadPlan, server: ServerSettings) -> Message:
 
     deadline_ns = monotonic_ns() + round(server.load_timeout_s * NS_PER_S)
     name = f"{tried.entry.name}/{tried.version}#doctor"
+    quiet = server.model_copy(
+        update={"orphan_grace_s": 0.0, "log_level": "error", "log_format": "text"}
+    )
     with ExitStack() as stack:
         try:
             output = stack.enter_context(tempfile.TemporaryFile())
@@ -171,15 +173,8 @@ def _ask_worker(tried: Load, plan: LoadPlan, server: ServerSettings) -> Message:
                 "load",
                 (board,),
                 plan=plan.to_wire(),
-                options=WorkerOptions(
-                    seats=1,
-                    seat=0,
-                    incarnation=1,
-                    cpus=tried.instance.cpus,
-                    max_queue_delay_us=tried.entry.settings.max_queue_delay_us,
-                    orphan_grace_s=0.0,
-                    log_level="error",
-                    log_format="text",
+                options=worker_options(
+                    tried.entry.settings, quiet, tried.instance, seats=1, seat=0, incarnation=1
                 ).to_wire(),
             )
         except OSError as error:

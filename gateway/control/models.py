@@ -21,6 +21,9 @@ from gateway.settings import ModelSettings, Promote, ServerSettings
 
 log = logging.getLogger("gateway.supervisor")
 
+MAX_MODELS = 1024
+"""Models that are known at one time; bounds the message with all routes (76 bytes each at most)."""
+
 
 class ModelSupervision:
     """One model: its versions by number, unloaded ones among them while their files are there.
@@ -216,6 +219,8 @@ class ModelControl:
                 del self._models[name]
 
     async def _load(self, model: ModelSupervision) -> None:
+        if len(self._models) > MAX_MODELS:
+            raise Unavailable(f"{MAX_MODELS} models are known already: unload some")
         try:
             entry = await self._scan(model.name)
             await model.load(entry)

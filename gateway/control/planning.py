@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from gateway.serving.cpus import usable_cpus, usable_memory_bytes
+from gateway.serving.options import WorkerOptions
 from gateway.serving.plan import Execution, LoadPlan
 from gateway.settings import Instance, ModelSettings, ServerSettings
 from gateway.tensors import Padding
@@ -52,6 +53,27 @@ def load_plan(
     )
 
 
+def worker_options(
+    settings: ModelSettings,
+    server: ServerSettings,
+    instance: Instance,
+    seats: int,
+    seat: int,
+    incarnation: int,
+) -> WorkerOptions:
+    """What one worker of a version is told besides what to load."""
+    return WorkerOptions(
+        seats=seats,
+        seat=seat,
+        incarnation=incarnation,
+        cpus=instance.cpus,
+        max_queue_delay_us=settings.max_queue_delay_us,
+        orphan_grace_s=server.orphan_grace_s,
+        log_level=server.log_level,
+        log_format=server.log_format,
+    )
+
+
 def _execution(settings: ModelSettings, server: ServerSettings, instance: Instance) -> Execution:
     options = settings.session_options
     cache = server.cache_folder or server.model_repository / CACHE_FOLDER
@@ -75,14 +97,6 @@ def default_threads(settings: ModelSettings) -> int:
     return max(1, usable_cpus() // max(1, workers))
 
 
-def file_bytes(path: Path) -> int:
-    """Size of a model file; 0 where it is gone, which its worker will say."""
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0
-
-
 class MemoryBudget:
     """What all workers together may take. Counts; the workers themselves refuse what is too much.
 
@@ -98,9 +112,15 @@ class MemoryBudget:
         """What another worker may take."""
         return max(0, self._total_bytes - sum(self._taken.values()))
 
-    def take(self, key: Key, nbytes: int) -> None:
-        """A worker takes so much: the size of its file while it loads, then what it was found to."""
+    def take(self, key: Key, nbytes: int) -> int:
+        """A worker takes so much: the size of its file while it loads, then what it was found to.
+
+        Gives what the others had left for it, which may be less than it takes.
+        """
+        self.give_back(key)
+        left_bytes = self.left_bytes()
         self._taken[key] = nbytes
+        return left_bytes
 
     def give_back(self, key: Key) -> None:
         """A worker has ended."""

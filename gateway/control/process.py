@@ -12,7 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from typing import Any, BinaryIO
 
-from gateway.serving.channel import Channel, Message
+import msgpack
+
+from gateway.serving.channel import MAX_MESSAGE_BYTES, Channel, Message, MessageTooLarge
 
 
 def start_process(
@@ -86,9 +88,15 @@ class Child:
         """Send a message, in order, now or when the child has room for it; lost if it has ended.
 
         The caller keeps its descriptors and may close them at once.
+
+        Raises:
+            MessageTooLarge: it will never fit a packet.
         """
         if not self._unsent and self._try_send(op, fds, fields):
             return
+        nbytes = len(msgpack.packb({"op": op, **fields}))
+        if nbytes > MAX_MESSAGE_BYTES:  # said here, where somebody can act on it
+            raise MessageTooLarge(f"a message of {nbytes} bytes, of {MAX_MESSAGE_BYTES} at most")
         if not self._unsent:
             self._loop.add_writer(self._channel.fileno(), self._on_writable)
         self._unsent.append((op, [os.dup(fd) for fd in fds], fields))

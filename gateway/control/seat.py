@@ -34,6 +34,7 @@ class Seat:
     starts: int = 0
     timed_out: bool = False
     deaths: int = 0  # since the version completed a batch
+    misses: int = 0  # in a row, when its model file could not be opened
     completed: int = 0  # batches of the version when this seat's last worker died
     started_ns: int = 0
     load_timer: asyncio.TimerHandle | None = None
@@ -49,6 +50,11 @@ class Seat:
     def is_crash_looping(self) -> bool:
         """Whether another worker would only die, too."""
         return self.deaths >= CRASH_LOOP_DEATHS
+
+    @property
+    def miss_pause_s(self) -> float:
+        """How long to wait before the file that could not be opened is tried again."""
+        return BACKOFF_S[min(self.misses, len(BACKOFF_S) - 1)]
 
     @property
     def pause_s(self) -> float:

@@ -13,14 +13,14 @@ import socket
 from collections.abc import Iterable, Iterator
 
 from gateway.clock import NS_PER_MS
-from gateway.control.models import ModelControl, ModelSupervision
+from gateway.control.models import MAX_MODELS, ModelControl, ModelSupervision
 from gateway.control.planning import MemoryBudget
 from gateway.control.process import Child
 from gateway.control.repository import ModelEntry
 from gateway.control.seat import BACKOFF_S, Seat, describe_exit
 from gateway.control.version import SPAWN_AGAIN_S, VersionObserver, VersionSupervision
-from gateway.errors import GatewayError, LoadError, Unavailable
-from gateway.serving.channel import Channel, Message
+from gateway.errors import ConfigurationError, GatewayError, LoadError, Unavailable
+from gateway.serving.channel import Channel, Message, MessageTooLarge
 from gateway.serving.options import FrontendOptions
 from gateway.serving.routes import VersionState
 from gateway.settings import Latest, ServerSettings, Specific
@@ -32,6 +32,9 @@ WATCH_INTERVAL_S = 1.0
 
 KILL_MARGIN_S = 5.0
 """What children get beyond drain_timeout_s before they are killed."""
+
+MAX_ERROR = 4000
+"""Characters of an error that a client is told of an operation; bounds the message."""
 
 
 class Supervisor:
@@ -82,6 +85,10 @@ class Supervisor:
             LoadError: a version cannot be loaded at start and ``exit_on_error`` is set.
             GatewayError: the front end cannot be started.
         """
+        if len(self._entries) > MAX_MODELS:
+            raise ConfigurationError(
+                f"model_repository: {len(self._entries)} models, of {MAX_MODELS} at most"
+            )
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
@@ -203,15 +210,18 @@ class Supervisor:
                     "version_policy": _policy_document(settings.version_policy),
                 },
             }
-        self._tell(
-            "version",
-            fds,
-            model=version.model,
-            version=version.number,
-            state=version.state.value,
-            reason=version.reason,
-            **fields,
-        )
+        try:
+            self._tell(
+                "version",
+                fds,
+                model=version.model,
+                version=version.number,
+                state=version.state.value,
+                reason=version.reason,
+                **fields,
+            )
+        except MessageTooLarge as error:
+            version.fail(f"its signature and settings are too long: {error}")
 
     def _tell_routes(self) -> None:
         """Publish the routes where they have changed."""
@@ -247,7 +257,7 @@ class Supervisor:
             error = GatewayError("internal error")
         if frontend is self._frontend:  # another one would take the number for one of its own
             code, text = (error.code, error.message) if error is not None else ("", "")
-            self._tell("operated", number=message["number"], code=code, error=text)
+            self._tell("operated", number=message["number"], code=code, error=text[:MAX_ERROR])
 
     # Versions and workers
 
@@ -267,6 +277,8 @@ class Supervisor:
         """A worker is ready: connect it and the front end."""
         if self._frontend is None or seat.child is None or not seat.is_loaded:
             return
+        if version.state is VersionState.FAILED:
+            return  # nobody could be told what it takes
         ours, theirs = Channel.pair()
         seat.child.send("frontend", (theirs.fileno(),))
         self._tell(

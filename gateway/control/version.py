@@ -12,14 +12,16 @@ from mmap import mmap
 
 from gateway._kernels import ring
 from gateway.clock import NS_PER_MS, monotonic_ns
-from gateway.control.planning import Key, MemoryBudget, file_bytes, load_plan
+from gateway.control.modelfile import CHANGED, ModelFile
+from gateway.control.planning import Key, MemoryBudget, load_plan, worker_options
 from gateway.control.process import Child
 from gateway.control.repository import VersionEntry
 from gateway.control.seat import Seat, describe_exit
+from gateway.control.states import check_move
+from gateway.errors import LoadError
 from gateway.serving import memory
-from gateway.serving.channel import Message
-from gateway.serving.options import WorkerOptions
-from gateway.serving.plan import Understanding
+from gateway.serving.channel import Message, MessageTooLarge
+from gateway.serving.plan import Understanding, no_memory
 from gateway.serving.routes import VersionState
 from gateway.settings import ModelSettings, ServerSettings
 
@@ -30,20 +32,6 @@ SPAWN_AGAIN_S = 1.0
 
 GRACE_S = 5.0
 """What a front end gets beyond its time to drain, and a worker to exit, before nobody waits for it."""
-
-_MOVES = {
-    VersionState.LOADING: {
-        VersionState.WARMING,
-        VersionState.READY,
-        VersionState.FAILED,
-        VersionState.UNLOADING,
-    },
-    VersionState.WARMING: {VersionState.READY, VersionState.FAILED, VersionState.UNLOADING},
-    VersionState.READY: {VersionState.FAILED, VersionState.UNLOADING},
-    VersionState.FAILED: {VersionState.UNLOADING},
-    VersionState.UNLOADING: {VersionState.UNLOADED},
-    VersionState.UNLOADED: set[VersionState](),
-}
 
 
 class VersionSupervision:
@@ -76,7 +64,7 @@ class VersionSupervision:
         self.state = VersionState.LOADING
         self.reason = self.detail = ""
         self.signature: dict[str, object] = {}
-        self._path = entry.path
+        self._file = ModelFile(entry.path)
         self._server = server
         self._budget = budget
         self._observer = observer
@@ -209,6 +197,9 @@ class VersionSupervision:
     def _spawn(self, seat: Seat) -> None:
         if self._stopping:
             return
+        file_bytes = self._check_file(seat)
+        if file_bytes is None:
+            return
         if seat.load_timer is None:
             seat.load_timer = self._loop.call_later(
                 self._server.load_timeout_s, self._on_load_timeout, seat
@@ -229,25 +220,39 @@ class VersionSupervision:
             self._loop.call_later(SPAWN_AGAIN_S, self._spawn, seat)
             return
         seat.starts += 1
-        plan = load_plan(
-            self._path, self.settings, self._server, seat.instance, self._budget.left_bytes()
+        self._send_load(seat, seat.child, file_bytes)
+
+    def _check_file(self, seat: Seat) -> int | None:
+        """The size of the model file; None where no worker can be started for it, now or at all."""
+        try:
+            file_bytes = self._file.check()
+        except LoadError as error:
+            self.fail(error.message)
+            return None
+        except OSError as error:
+            if self.is_loading:
+                self.fail("the model file cannot be opened", str(error))
+                return None
+            # It was served: a repository that is away for a while is no fault of the version's.
+            where = f"model '{self.model}' version {self.number}:"
+            log.error("%s its file cannot be opened: %s; trying again", where, error.strerror)
+            seat.misses += 1
+            self._loop.call_later(seat.miss_pause_s, self._spawn, seat)
+            return None
+        seat.misses = 0
+        return file_bytes
+
+    def _send_load(self, seat: Seat, child: Child, file_bytes: int) -> None:
+        settings, server = self.settings, self._server
+        left_bytes = self._budget.take(self._key(seat), file_bytes)
+        plan = load_plan(self._file.path, settings, server, seat.instance, left_bytes)
+        options = worker_options(
+            settings, server, seat.instance, len(self.seats), seat.index, seat.incarnation
         )
-        self._budget.take(self._key(seat), file_bytes(self._path))
-        seat.child.send(
-            "load",
-            (self.board_fd,),
-            plan=plan.to_wire(),
-            options=WorkerOptions(
-                seats=len(self.seats),
-                seat=seat.index,
-                incarnation=seat.incarnation,
-                cpus=seat.instance.cpus,
-                max_queue_delay_us=self.settings.max_queue_delay_us,
-                orphan_grace_s=self._server.orphan_grace_s,
-                log_level=self._server.log_level,
-                log_format=self._server.log_format,
-            ).to_wire(),
-        )
+        try:
+            child.send("load", (self.board_fd,), plan=plan.to_wire(), options=options.to_wire())
+        except MessageTooLarge as error:
+            self.fail(f"its settings are too long: {error}")
 
     def _key(self, seat: Seat) -> Key:
         return self.model, self.number, seat.index
@@ -266,7 +271,7 @@ class VersionSupervision:
             case "loaded":
                 self._on_loaded(seat, message)
             case "failed" if self.is_loading and not self._stopping:
-                self._fail(message["reason"], message["detail"])
+                self.fail(message["reason"], message["detail"])
             case "failed":
                 log.error("model '%s' version %d: %s", self.model, self.number, message["detail"])
 
@@ -277,13 +282,16 @@ class VersionSupervision:
         signature = message["signature"]
         if self.signature and signature != self.signature:
             # Front ends know the old one, and would read its outputs as that.
-            self._fail("its file changed since it was loaded: a version's content is immutable")
+            self.fail(CHANGED)
             return
         seat.is_loaded = True
         self.signature = signature
         understanding = Understanding.from_wire(message["understanding"])
-        self._budget.take(self._key(seat), understanding.resident_bytes)
-        if not self.is_loading:
+        taken_bytes = understanding.resident_bytes
+        left_bytes = self._budget.take(self._key(seat), taken_bytes)
+        if self.is_loading and taken_bytes > left_bytes:  # others were loading beside it
+            self.fail(no_memory(taken_bytes, left_bytes))
+        elif not self.is_loading:
             self._observer.on_worker(self, seat)
         elif all(other.is_loaded for other in self.seats):
             self._log_understanding(understanding)
@@ -301,7 +309,7 @@ class VersionSupervision:
         seat.load_timer = None
         reason = f"it did not load within load_timeout_s ({self._server.load_timeout_s:g} s)"
         if self.is_loading and not self._stopping:
-            self._fail(reason)
+            self.fail(reason)
         elif seat.child is not None:
             log.error("model '%s' version %d: %s", self.model, self.number, reason)
             seat.child.kill()
@@ -329,7 +337,7 @@ class VersionSupervision:
             self._check_exited()
             self._observer.on_stopped(self)
         elif self.is_loading:
-            self._fail(f"the worker {describe_exit(status)} while loading it")
+            self.fail(f"the worker {describe_exit(status)} while loading it")
         else:
             self._replace(seat, status)
 
@@ -344,7 +352,7 @@ class VersionSupervision:
         )
         seat.count_death(self._completed_batches())
         if seat.is_crash_looping:
-            self._fail(f"a worker died {seat.deaths} times without completing a batch")
+            self.fail(f"a worker died {seat.deaths} times without completing a batch")
             return
         self._loop.call_later(seat.pause_s, self._spawn, seat)
 
@@ -353,7 +361,7 @@ class VersionSupervision:
         states = ring.seats(self._board)
         return self._completed + sum(states[seat.index][1] for seat in self.ready_seats())
 
-    def _fail(self, reason: str, detail: str = "") -> None:
+    def fail(self, reason: str, detail: str = "") -> None:
         """FAILED: clients are told the reason, operators the detail."""
         if self.state is not VersionState.UNLOADING:  # what ends anyway only ends sooner
             self.reason = reason
@@ -363,8 +371,7 @@ class VersionSupervision:
 
     def _move(self, state: VersionState) -> None:
         """The one place where the state changes. RuntimeError on an illegal move."""
-        if state not in _MOVES[self.state]:
-            raise RuntimeError(f"a version cannot go from {self.state.name} to {state.name}")
+        check_move(self.state, state)
         self.state = state
         if not self.is_loading:
             self._loaded.set()

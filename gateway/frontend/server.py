@@ -12,6 +12,7 @@ import gc
 import logging
 import socket
 import sys
+from contextlib import suppress
 
 import uvloop
 from aiohttp import http_parser, web
@@ -19,7 +20,7 @@ from aiohttp import http_parser, web
 from gateway.frontend.answers import DRAINING, answering
 from gateway.frontend.health import HealthHandlers
 from gateway.frontend.inference import Inference
-from gateway.frontend.link import SupervisorLink
+from gateway.frontend.link import DRAIN_LOOK_S, SupervisorLink
 from gateway.frontend.operations import Operations
 from gateway.frontend.tfserving import TensorFlowHandlers
 from gateway.frontend.v2 import V2Handlers
@@ -77,6 +78,18 @@ class Frontend:
         await self._stop.wait()
         self._draining.set()
         await asyncio.sleep(self._pause_s)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(options.drain_timeout_s):
+                await self._finish(routes, runners)
+
+    async def _finish(self, routes: RouteTable, runners: list[web.AppRunner]) -> None:
+        """Close the data port's listener and let requests in flight end, then close everything."""
+        for site in runners[0].sites:
+            await site.stop()
+        # Waited for here, not in `cleanup`: that reads nothing more from any connection, so that a
+        # request would lose the rest of its body.
+        while routes.in_flight():  # noqa: ASYNC110  (a request's end should not cost a question)
+            await asyncio.sleep(DRAIN_LOOK_S)
         for runner in runners:
             await runner.cleanup()
 

@@ -106,12 +106,11 @@ def check_ignored(fields: dict[str, Any], known: Collection[str]) -> None:
             return
         below: list[Any] = []
         for value in level:
-            if type(value) is list:
-                below += value
-            elif type(value) is dict:
-                below += value.values()
-            else:
+            if type(value) not in (list, dict):
                 raise InvalidRequest("the request holds a value of an unsupported type")
+            items = value if type(value) is list else value.values()
+            if not _LEAVES.issuperset(set(map(type, items))):  # fast: they may be millions
+                below += items
         level = below
     raise _too_deep()
 

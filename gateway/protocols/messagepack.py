@@ -29,6 +29,7 @@ def parse_infer(body: bytes | memoryview, signature: Signature) -> InferCall:
         InvalidRequest: truncated, with bytes left over, too deep, with extension types, with keys
             that are not strings or are given twice, or malformed as v2. The call is yet to be held
             against the signature (`check_call`).
+        TooLarge: more than `MAX_STRINGS` strings.
     """
     call = call_from_document(_load(body), memoryview(b""), signature)
     call.binary_outputs = True

@@ -9,13 +9,21 @@ Messages name positions and types, never a value.
 from __future__ import annotations
 
 import base64
+import binascii
 import math
+from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 from gateway import bytestrings
-from gateway.errors import InvalidRequest
-from gateway.protocols.call import OutputTensor
+from gateway.errors import InvalidRequest, TooLarge
+from gateway.protocols.call import OutputTensor, show_number, show_shape
 from gateway.protocols.jsontext import MAX_DEPTH
+from gateway.tensors import MAX_RANK
+
+MAX_STRINGS = 1 << 18
+"""Most strings that a request may hold; bounds the time in which they are packed and no one else is
+served (some 0.2 s)."""
 
 _KINDS = {
     list: "a list",
@@ -30,29 +38,84 @@ _KINDS = {
 """What a client would call the types of parsed values."""
 
 
-def pack_flat(data: list[Any]) -> memoryview:
-    """The raw form of strings that are nested in any way, in row-major order.
+def count_strings(shape: tuple[int, ...], before: int) -> int:
+    """Hold a request to `MAX_STRINGS`, before the BYTES tensor of this shape is packed.
+
+    A zero in a shape counts as a one: the lists around it take time, too.
+
+    Args:
+        shape: of the tensor.
+        before: what this gave for the tensors of the request before it; 0 for the first.
 
     Raises:
-        InvalidRequest: an element is neither text nor ``bin``, or nested deeper than `MAX_DEPTH`.
+        TooLarge: there are more with this tensor's.
+        InvalidRequest: a dim is negative.
     """
+    if any(dim < 0 for dim in shape):
+        raise InvalidRequest("'shape' has a negative dim")
+    total = before + _room(shape)
+    if total > MAX_STRINGS:
+        raise TooLarge(
+            f"the request holds {show_number(total)} strings or more, the limit is {MAX_STRINGS}: "
+            "send it in parts"
+        )
+    return total
+
+
+def _room(shape: tuple[int, ...]) -> int:
+    """Most items that one level of lists of a shape can have."""
+    return math.prod(dim or 1 for dim in shape)
+
+
+def pack_flat(data: list[Any], shape: tuple[int, ...]) -> memoryview:
+    """The raw form of strings that are nested in any way, in row-major order.
+
+    They are as many as the elements of ``shape``, which `count_strings` has seen.
+
+    Raises:
+        InvalidRequest: there are more or fewer; an element is neither text nor ``bin``; they nest
+            deeper than `MAX_DEPTH`, or lie in more lists than any shape of as many elements needs.
+    """
+    wanted = f"expected {math.prod(shape)} strings for shape {show_shape(shape)}"
+    room = _room(shape)
+    given = seen = len(data)
+    for _ in range(MAX_DEPTH):
+        if given > room:  # found before they are looked at: they may be millions
+            raise InvalidRequest(f"{wanted}, got {given}")
+        if list not in set(map(type, data)):
+            break
+        if seen > room * MAX_RANK + MAX_DEPTH:  # the second matters to small ones, in odd forms
+            raise InvalidRequest(f"{wanted}, got more lists than they need")
+        lists = [item if type(item) is list else [item] for item in data]
+        given = sum(map(len, lists))
+        seen += given
+        data = list(chain.from_iterable(lists)) if given <= room else []
+    else:
+        raise InvalidRequest(f"'data' nests deeper than {MAX_DEPTH} levels")
+    if given != math.prod(shape):
+        raise InvalidRequest(f"{wanted}, got {given}")
+    return _pack(data, _text_or_bin, lambda position: f"element {position}")
+
+
+def _pack(
+    values: list[Any], convert: Callable[[Any], bytes], place: Callable[[int], str]
+) -> memoryview:
+    """The raw form of strings in a row. ``place``: what a message calls the one of an index."""
     found: list[bytes] = []
-    _flatten(data, 1, found)
+    try:
+        for value in values:
+            found.append(convert(value))
+    except InvalidRequest as error:
+        raise InvalidRequest(f"{place(len(found))}: {error.message}") from None
     return memoryview(bytestrings.serialise(found))
 
 
-def _flatten(data: list[Any], depth: int, found: list[bytes]) -> None:
-    if depth > MAX_DEPTH:
-        raise InvalidRequest(f"'data' nests deeper than {MAX_DEPTH} levels")
-    for item in data:
-        if type(item) is str:
-            found.append(_utf8(item, len(found)))
-        elif type(item) is list:
-            _flatten(item, depth + 1, found)
-        elif type(item) is bytes:
-            found.append(item)
-        else:
-            raise InvalidRequest(f"element {len(found)}: expected a string, got {_kind(item)}")
+def _text_or_bin(value: Any) -> bytes:
+    if type(value) is str:
+        return _utf8(value)
+    if type(value) is not bytes:
+        raise InvalidRequest(f"expected a string, got {_kind(value)}")
+    return value
 
 
 def is_base64(value: Any) -> bool:
@@ -64,50 +127,48 @@ def pack_nested(data: Any, shape: tuple[int, ...]) -> memoryview:
     """The raw form of strings, text or ``{"b64": …}``, that nest exactly as ``shape`` says.
 
     Raises:
-        InvalidRequest: they do not; the message names the first that differs.
+        InvalidRequest: they do not; the message names the first that differs on the outermost level.
     """
-    found: list[bytes] = []
-    _collect(data, shape, (), found)
-    return memoryview(bytestrings.serialise(found))
+    level = [data]
+    for depth, dim in enumerate(shape):
+        for position, item in enumerate(level):
+            if type(item) is not list or len(item) != dim:
+                given = f"{len(item)} elements" if type(item) is list else _kind(item)
+                place = _place(position, shape[:depth])
+                raise InvalidRequest(f"{place}: expected a list of {dim}, got {given}")
+        level = list(chain.from_iterable(level))
+    return _pack(level, _text_or_base64_object, lambda position: _place(position, shape))
 
 
-def _collect(data: Any, shape: tuple[int, ...], path: tuple[int, ...], found: list[bytes]) -> None:
-    """``shape`` is that of the data here, ``path`` the index taken in each dim above."""
-    if not shape:
-        found.append(_string(data, path))
-        return
-    if type(data) is not list or len(data) != shape[0]:
-        given = f"{len(data)} elements" if type(data) is list else _kind(data)
-        raise InvalidRequest(f"{_place(path)}: expected a list of {shape[0]}, got {given}")
-    for position, item in enumerate(data):
-        _collect(item, shape[1:], (*path, position), found)
-
-
-def _string(value: Any, path: tuple[int, ...]) -> bytes:
+def _text_or_base64_object(value: Any) -> bytes:
     if type(value) is str:
-        return _utf8(value, path)
+        return _utf8(value)
     if not is_base64(value):
-        raise InvalidRequest(f"{_place(path)}: expected a string, got {_kind(value)}")
+        raise InvalidRequest(f"expected a string, got {_kind(value)}")
     text = value["b64"]
     if type(text) is not str:
-        raise InvalidRequest(f"{_place(path)}: 'b64' must be a string, got {_kind(text)}")
+        raise InvalidRequest(f"'b64' must be a string, got {_kind(text)}")
     try:
-        return base64.b64decode(text, validate=True)
+        return binascii.a2b_base64(text, strict_mode=True)
     except ValueError:
-        raise InvalidRequest(f"{_place(path)}: 'b64' is not base64 with padding") from None
+        raise InvalidRequest("'b64' is not base64 with padding") from None
 
 
-def _utf8(text: str, place: int | tuple[int, ...]) -> bytes:
+def _utf8(text: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
         # The standard library's JSON parser lets lone surrogates through; UTF-8 has no form of them.
-        at = f"element {place}" if isinstance(place, int) else _place(place)
-        raise InvalidRequest(f"{at}: a string must be Unicode text") from None
+        raise InvalidRequest("a string must be Unicode text") from None
 
 
-def _place(path: tuple[int, ...]) -> str:
-    return f"element [{','.join(map(str, path))}]" if path else "data"
+def _place(position: int, shape: tuple[int, ...]) -> str:
+    """What a message calls the element at an index of a shape's row-major order."""
+    path: list[int] = []
+    for dim in reversed(shape):
+        position, index = divmod(position, dim)
+        path.insert(0, index)
+    return f"element {show_shape(path)}" if path else "data"
 
 
 def _kind(value: Any) -> str:

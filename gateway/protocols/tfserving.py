@@ -19,7 +19,7 @@ from gateway.protocols.call import (
     unexpected_input,
 )
 from gateway.protocols.jsontext import check_ignored, dumps_tensors, loads, tensor_data
-from gateway.protocols.strings import is_base64, pack_nested, tensorflow_strings
+from gateway.protocols.strings import count_strings, is_base64, pack_nested, tensorflow_strings
 from gateway.tensors import MAX_RANK, Signature, TensorSpec
 
 SIGNATURE_NAME = "serving_default"
@@ -48,6 +48,7 @@ def parse_predict(body: bytes | memoryview, signature: Signature) -> tuple[Infer
     Raises:
         InvalidRequest: malformed in any way. The call is yet to be held against the signature
             (`check_call`).
+        TooLarge: more than `MAX_STRINGS` strings.
     """
     document = loads(body)
     if type(document) is not dict:
@@ -66,7 +67,7 @@ def parse_predict(body: bytes | memoryview, signature: Signature) -> tuple[Infer
             _refuse_optional(columns, specs)
     else:
         columns = _columns_of_inputs(document["inputs"], specs)
-    return InferCall([_tensor(name, data, specs) for name, data in columns.items()]), row
+    return InferCall(_tensors(columns, specs)), row
 
 
 def _columns_of_instances(instances: Any, specs: dict[str, TensorSpec]) -> dict[str, Any]:
@@ -76,12 +77,16 @@ def _columns_of_instances(instances: Any, specs: dict[str, TensorSpec]) -> dict[
     first = instances[0]
     if type(first) is not dict:
         return {_only_input(specs, "'instances'"): instances}
-    if first.keys() == {"inputs"} and type(first["inputs"]) is dict and "inputs" not in specs:
+    wrapped = first.keys() == {"inputs"} and type(first["inputs"]) is dict and "inputs" not in specs
+    if wrapped:
+        first = first["inputs"]
+    if any(specs[name].datatype.numpy is None for name in first.keys() & specs.keys()):
+        count_strings((len(instances),), 0)  # before each is looked at: they may be millions
+    if wrapped:
         instances = [
             instance.get("inputs") if type(instance) is dict and len(instance) == 1 else None
             for instance in instances
         ]
-        first = instances[0]
     if _is_value(first, specs):
         return {_only_input(specs, "'instances'"): instances}
     names = first.keys()
@@ -129,10 +134,22 @@ def _refuse_optional(columns: Iterable[str], specs: dict[str, TensorSpec]) -> No
             )
 
 
-def _tensor(name: str, data: Any, specs: dict[str, TensorSpec]) -> InputTensor:
-    spec = specs.get(name)
-    if spec is None:
-        raise unexpected_input(name)
+def _tensors(columns: dict[str, Any], specs: dict[str, TensorSpec]) -> list[InputTensor]:
+    tensors = []
+    strings = 0
+    for name, data in columns.items():
+        spec = specs.get(name)
+        if spec is None:
+            raise unexpected_input(name)
+        shape, first = _nesting(name, data)
+        if spec.datatype.numpy is None:
+            strings = count_strings(shape, strings)
+        tensors.append(_tensor(spec, data, shape, first))
+    return tensors
+
+
+def _nesting(name: str, data: Any) -> tuple[tuple[int, ...], Any]:
+    """The shape of nested lists, down their first elements, and what comes last on that way."""
     shape: list[int] = []
     value = data
     while type(value) is list:
@@ -142,16 +159,21 @@ def _tensor(name: str, data: Any, specs: dict[str, TensorSpec]) -> InputTensor:
         if not value:
             break
         value = value[0]
+    return tuple(shape), value
+
+
+def _tensor(spec: TensorSpec, data: Any, shape: tuple[int, ...], first: Any) -> InputTensor:
+    name = spec.name
     if spec.datatype.numpy is None:
         try:
-            data = pack_nested(data, tuple(shape))
+            data = pack_nested(data, shape)
         except InvalidRequest as error:
             raise InvalidRequest(f"input '{name}': {error.message}") from None
-    elif type(value) is str or is_base64(value):
+    elif type(first) is str or is_base64(first):
         raise InvalidRequest(f"input '{name}' takes {spec.datatype.name}, got strings")
     elif not shape:
         return InputTensor(name, spec.datatype, (), [data])
-    return InputTensor(name, spec.datatype, tuple(shape), data, strict=True)
+    return InputTensor(name, spec.datatype, shape, data, strict=True)
 
 
 def encode_predict(signature: Signature, row: bool, outputs: list[OutputTensor]) -> bytes:

@@ -18,7 +18,7 @@ from gateway.protocols.call import (
     show_name,
 )
 from gateway.protocols.jsontext import check_ignored, dumps_tensors, loads, tensor_data
-from gateway.protocols.strings import pack_flat, texts
+from gateway.protocols.strings import count_strings, pack_flat, texts
 from gateway.tensors import DATATYPES, MAX_RANK, DataType, Signature, TensorSpec, element_count
 
 MAX_TIMEOUT_US = (1 << 62) // 1000
@@ -49,6 +49,7 @@ def parse_infer(
     Raises:
         InvalidRequest: malformed in any way. The call is yet to be held against the signature
             (`check_call`).
+        TooLarge: more than `MAX_STRINGS` strings.
     """
     if header_length is None:
         return call_from_document(loads(body), memoryview(b""), signature)
@@ -121,6 +122,7 @@ def call_from_document(document: Any, binary: memoryview, signature: Signature) 
 
     Raises:
         InvalidRequest: a field is missing or is not what it must be.
+        TooLarge: more than `MAX_STRINGS` strings.
     """
     if type(document) is not dict:
         raise InvalidRequest("the request must be an object with 'inputs'")
@@ -199,7 +201,7 @@ def _read_inputs(
     if type(entries) is not list:
         raise InvalidRequest("the request must have an array 'inputs'")
     tensors = []
-    offset = 0
+    offset = strings = 0
     for entry in entries:
         if type(entry) is not dict:
             raise InvalidRequest("every element of 'inputs' must be an object")
@@ -210,6 +212,8 @@ def _read_inputs(
             raise InvalidRequest("every input must have a string 'name'")
         try:
             datatype, shape, size = _datatype(entry), _shape(entry), _binary_size(entry)
+            if datatype.numpy is None:
+                strings = count_strings(shape, strings)
             if size is None:
                 data = _inline_data(entry, datatype, shape)
             else:
@@ -253,7 +257,7 @@ def _inline_data(
         if shape or type(data) not in _SCALARS:
             raise InvalidRequest("'data' must be an array")
         data = [data]
-    return data if datatype.numpy is not None else pack_flat(data)
+    return data if datatype.numpy is not None else pack_flat(data, shape)
 
 
 def _datatype(entry: dict[str, Any]) -> DataType:

@@ -1,22 +1,29 @@
 """Optimised graphs kept on disk: a version that loads again skips ONNX Runtime's optimiser.
 
 An entry is found by what it was made from: the digest of the model, the runtime's version, the device, the
-session's options, and the CPU's features, since layouts are chosen for them. Models with external data
-have none: ONNX Runtime would look for the data beside the entry.
+session's options, and the CPU's features, since layouts are chosen for them. Beside it lies the SHA-256
+of its content, without which it is not used: a graph with a flipped bit loads and answers wrongly. Models
+with external data have none: ONNX Runtime would look for the data beside the entry.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import logging
 import os
 import platform
 import re
+import stat
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from io import BufferedReader
 from pathlib import Path
 
 from gateway.serving.onnxfile import ModelFacts
+
+log = logging.getLogger("gateway.worker")
 
 SMALLEST_CACHED_BYTES = 1 << 20
 """Smaller models are optimised in milliseconds: not worth a file."""
@@ -31,6 +38,12 @@ ABANDONED_S = 3600.0
 """Age of a file that is being written after which its worker must have been killed over it."""
 
 _READ_BYTES = 1 << 20
+
+_NOTE = ".sha256"
+"""What the name of an entry's digest ends in."""
+
+_NOTE_BYTES = 65
+"""What is read of a digest: one character more than it has."""
 
 _DIGITS = 32
 """Of a digest: what entries of one stem have in their names, and those of a longer stem do not."""
@@ -62,18 +75,60 @@ def entry(
     return folder / f"{_stem(model)}-{digest.hexdigest()[:_DIGITS]}.onnx"
 
 
+def is_usable(path: Path) -> bool:
+    """Whether there is an entry that holds what was put there; one that does not is warned of."""
+    if not os.path.lexists(path):
+        return False
+    try:
+        with _open_regular(path) as file, _open_regular(_note_of(path)) as note:
+            is_whole = _sha256(file) == note.read(_NOTE_BYTES).decode(errors="replace")
+    except OSError:
+        is_whole = False
+    if not is_whole:
+        log.warning("the optimised graph %s is not what was kept there: made again", path.name)
+    return is_whole
+
+
 def keep(made: Path, path: Path) -> None:
-    """Put a new entry in its place, and drop the version's oldest ones."""
+    """Put a new entry in its place, its digest first, and drop the version's oldest ones."""
     with suppress(OSError):
+        with made.open("rb") as file:
+            digest = _sha256(file)
+        note = made.with_name(f"{made.name}{_NOTE}")
+        try:
+            note.write_text(digest)
+            note.replace(_note_of(path))
+        finally:
+            note.unlink(missing_ok=True)
         made.replace(path)
         stem = path.name.rpartition("-")[0]
         every = path.parent.glob(f"{stem}-{'?' * _DIGITS}.onnx")
         entries = sorted(every, key=lambda p: p.stat().st_mtime)
         for old in entries[:-KEPT_ENTRIES]:
             old.unlink()
+            _note_of(old).unlink(missing_ok=True)
         for left in path.parent.glob(f"{stem}-{'?' * _DIGITS}.[0-9]*"):
             if time.time() - left.stat().st_mtime > ABANDONED_S:
                 left.unlink()
+
+
+def _sha256(file: BufferedReader) -> str:
+    return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _note_of(path: Path) -> Path:
+    """Where an entry's digest is."""
+    return path.with_name(f"{path.name}{_NOTE}")
+
+
+def _open_regular(path: Path) -> BufferedReader:
+    """OSError where it is no file, or a link: nobody here makes one."""
+    # A named pipe must not block.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file")
+    return os.fdopen(descriptor, "rb")
 
 
 def _stem(model: Path) -> str:

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import resource
+import stat
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -23,7 +26,7 @@ from gateway.errors import LoadError
 from gateway.protocols.call import show_name
 from gateway.serving import batching, geometry, inplace, onnxfile, strings
 from gateway.serving.onnxfile import ModelFacts
-from gateway.serving.plan import LoadPlan, Understanding
+from gateway.serving.plan import LoadPlan, Understanding, no_memory
 from gateway.serving.samples import Arrays, Sample
 from gateway.serving.session import ModelSession, RunError
 from gateway.tensors import Signature, TensorSpec
@@ -35,6 +38,7 @@ _UNREADABLE = (
     *(OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile, zlib.error),
     RuntimeError,  # encrypted, or compressed in a way of which Python knows nothing
     TypeError,  # one array, not an archive of them
+    *(SyntaxError, tokenize.TokenError, OverflowError),  # an array's header
 )
 """What reading an .npz file may raise."""
 
@@ -58,7 +62,7 @@ def load(plan: LoadPlan, on_opened: Callable[[], object]) -> Loaded:
     Raises:
         LoadError: it cannot be served; says why.
     """
-    path, before = Path(plan.path), _memory_bytes()
+    path = Path(plan.path)
     facts = onnxfile.examine(path)
     _check_size(plan, facts)
     _limit_memory(plan)
@@ -74,9 +78,9 @@ def load(plan: LoadPlan, on_opened: Callable[[], object]) -> Loaded:
         notes += _warm_up(session, signature, plan, sample)
     except (MemoryError, LoadError) as error:
         raise _explained(error, plan) from None
-    resident = max(0, _memory_bytes() - before)
+    resident = _memory_bytes()
     if plan.memory_left_bytes is not None and resident > plan.memory_left_bytes:
-        raise _no_memory(resident, plan.memory_left_bytes)
+        raise LoadError(no_memory(resident, plan.memory_left_bytes))
     outputs = inplace.in_words(signature, copied_because)
     return Loaded(
         session,
@@ -96,14 +100,7 @@ def _check_size(plan: LoadPlan, facts: ModelFacts) -> None:
             f"{plan.memory_bytes}"
         )
     if plan.memory_left_bytes is not None and nbytes > plan.memory_left_bytes:
-        raise _no_memory(nbytes, plan.memory_left_bytes)
-
-
-def _no_memory(needed: int, left: int) -> LoadError:
-    return LoadError(
-        f"it takes {needed} bytes of memory and the server has {left} left: raise the server's "
-        f"memory_bytes or serve fewer models"
-    )
+        raise LoadError(no_memory(nbytes, plan.memory_left_bytes))
 
 
 def _limit_memory(plan: LoadPlan) -> None:
@@ -218,7 +215,7 @@ def _warm_up(
         LoadError: it fails on the samples that its settings name, or on any input at all.
     """
     if plan.warmup_samples is not None and plan.warmup:
-        _run_samples(session, Path(plan.warmup_samples))
+        _run_samples(session, Path(plan.warmup_samples), Path(plan.path).parent.parent)
         return []
     if sample is None:
         if _takes_anything(signature):
@@ -269,11 +266,15 @@ def _with_lengths(signature: Signature, sample: Sample, lengths: Mapping[str, in
     return replace(sample, dims=tuple(dims))
 
 
-def _run_samples(session: ModelSession, path: Path) -> None:
-    """Run the arrays of an .npz file. LoadError: they cannot be read, or the model fails on them."""
+def _run_samples(session: ModelSession, path: Path, folder: Path) -> None:
+    """Run the arrays of an .npz file in the model's folder.
+
+    Raises:
+        LoadError: they cannot be read, are not there, or the model fails on them.
+    """
     try:
         # NumPy leaves a file that it opened itself open where it is no archive.
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
+        with _open_samples(path, folder) as opened, np.load(opened, allow_pickle=False) as file:
             found: Arrays = {name: file[name] for name in file.files}
     except _UNREADABLE as error:
         raise LoadError(
@@ -293,10 +294,30 @@ def _run_samples(session: ModelSession, path: Path) -> None:
         raise LoadError(f"the warm-up failed: {error.public}", str(error)) from None
 
 
-def _as_input(spec: TensorSpec, array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """An array of a file as the session takes it. LoadError: it is of another datatype."""
+def _open_samples(path: Path, folder: Path) -> BinaryIO:
+    """LoadError: it leads out of the folder or is no file. OSError, RuntimeError: it cannot be opened."""
+    target = path.resolve(strict=True)
+    if not target.is_relative_to(folder.resolve(strict=True)):
+        raise LoadError("warmup_samples leads out of the model's folder")
+    # A named pipe must not block.
+    descriptor = os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise LoadError("warmup_samples is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _as_input(spec: TensorSpec, array: object) -> np.ndarray[Any, Any]:
+    """A member of a file as the session takes it. LoadError: it is no array of the input's datatype."""
+    if not isinstance(array, np.ndarray):  # NumPy gives the bytes of what is none
+        raise LoadError(f"warmup_samples: {show_name(spec.name)} is no array")
     if spec.datatype.numpy is None and array.dtype.kind in "SU":
-        texts = (v if isinstance(v, bytes) else v.encode() for v in array.reshape(-1).tolist())
+        try:
+            texts = [v if isinstance(v, bytes) else v.encode() for v in array.reshape(-1).tolist()]
+        except (ValueError, SystemError) as error:  # half a surrogate pair; no code point at all
+            raise LoadError(
+                f"warmup_samples: {show_name(spec.name)} holds what is no text", str(error)
+            ) from None
         return strings.as_array(texts, array.shape)
     if spec.datatype.numpy is None or array.dtype != spec.datatype.dtype:
         raise LoadError(

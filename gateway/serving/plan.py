@@ -111,6 +111,14 @@ class LoadPlan:
         )
 
 
+def no_memory(needed_bytes: int, left_bytes: int) -> str:
+    """Why a model is not served that takes more than the server's budget has left."""
+    return (
+        f"it takes {needed_bytes} bytes of memory and the server has {left_bytes} left: raise the "
+        f"server's memory_bytes or serve fewer models"
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Understanding:
     """What loading found out about a model, in words for operators.
@@ -119,7 +127,7 @@ class Understanding:
         batching: how its requests are batched, and why.
         outputs: how its outputs travel, and why.
         notes: what an operator should know or may want to change.
-        resident_bytes: memory of the worker once the model is warm.
+        resident_bytes: memory of the worker once the model is warm, ONNX Runtime's own included.
     """
 
     batching: str

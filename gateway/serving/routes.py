@@ -108,6 +108,10 @@ class RouteTable:
         for versions in self.models.values():
             yield from versions.values()
 
+    def in_flight(self) -> int:
+        """Requests that have begun and have no answer yet, those whose body is read among them."""
+        return sum(version.in_flight for version in self.versions())
+
     def model(self, name: str) -> dict[int, Version]:
         """A model's versions. InvalidRequest for a name outside its grammar, NotFound."""
         versions = self.models.get(checked_name(name))

@@ -269,8 +269,8 @@ def _open_cached(path: Path, facts: ModelFacts, execution: Execution) -> ort.Inf
         entry = graphcache.entry(Path(execution.cache_folder), path, facts, made_with)
     if entry is None:
         return _start(path, execution)
-    if entry.exists():
-        with suppress(LoadError):  # damaged: it is made again
+    if graphcache.is_usable(entry):
+        with suppress(LoadError):  # refused all the same: it is made again
             return _start(entry, execution, is_optimized=True)
     made = entry.with_suffix(f".{os.getpid()}")
     try:

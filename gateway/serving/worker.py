@@ -48,6 +48,12 @@ FOR_EVER = 0
 MAX_SHAPES = 4096
 """Shapes that are remembered of a lane; clients choose them."""
 
+MAX_REASON = 1000
+"""Characters of why a load failed, which clients are told: with `MAX_DETAIL` they fit a message."""
+
+MAX_DETAIL = 4000
+"""Characters of the same for operators; texts of ONNX Runtime's repeat names of any length."""
+
 _TOO_SMALL = "this request's shape does not fit its slot of shared memory"
 
 LaneKey = tuple[int, int]
@@ -279,6 +285,15 @@ def _stay_on(text: str) -> None:
         raise LoadError(f"instances: cpus: {text} cannot be used: {error.strerror}") from None
 
 
+def _send_failed(supervisor: Channel, reason: str, detail: str = "") -> None:
+    """Say why loading failed, as far as it fits. What cannot be encoded, as of a path, is shown as ``?``."""
+    reason, detail = (
+        text[:limit].encode(errors="replace").decode()
+        for text, limit in ((reason, MAX_REASON), (detail, MAX_DETAIL))
+    )
+    supervisor.send("failed", reason=reason, detail=detail)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry of the process; the exit status is 0 unless loading failed."""
     parser = argparse.ArgumentParser(prog="gateway-worker")
@@ -297,7 +312,7 @@ def main(argv: list[str] | None = None) -> int:
             _stay_on(options.cpus)
         loaded = loader.load(plan, partial(supervisor.send, "warming"))
     except LoadError as error:
-        supervisor.send("failed", reason=error.message, detail=error.detail)
+        _send_failed(supervisor, error.message, error.detail)
         return 1
     board = memory.map_writable(board_fd, ring.board_bytes(options.seats))
     os.close(board_fd)
@@ -310,7 +325,7 @@ def main(argv: list[str] | None = None) -> int:
             understanding=loaded.understanding.to_wire(),
         )
     except MessageTooLarge as error:
-        supervisor.send("failed", reason=f"its signature is too long: {error}", detail="")
+        _send_failed(supervisor, f"its signature is too long: {error}")
         return 1
     mailbox.start()
     Worker(

@@ -67,6 +67,44 @@ def test_sigterm_lets_requests_in_flight_finish(make_repository):
             assert server.stop() == 0
 
 
+@pytest.mark.parametrize("pause_s", ["0", "0.5"])
+def test_sigterm_lets_an_upload_finish(echo, pause_s):
+    body = (
+        b'{"inputs":[{"name":"x","datatype":"FP32","shape":[1,16],"data":[1' + b",1" * 15 + b"]}]}"
+    )
+    with (
+        Server(echo, GATEWAY_DRAIN_TIMEOUT_S="600", GATEWAY_DRAIN_PAUSE_S=pause_s) as server,
+        socket.create_connection(("127.0.0.1", server.port)) as client,
+    ):
+        begin_upload(server, client, body)
+        server.process.send_signal(signal.SIGTERM)
+        wait_refused(server.port)
+        client.sendall(body[10:])
+        answer = client.recv(65536)
+        assert answer.startswith(b"HTTP/1.1 200"), answer
+        assert b"connection: close" in answer.lower()
+        assert server.process.wait(60) == 0  # long before drain_timeout_s
+
+
+def test_an_upload_that_never_ends_holds_up_an_end_no_longer_than_it_may(echo):
+    with (
+        Server(echo, GATEWAY_DRAIN_TIMEOUT_S="1") as server,
+        socket.create_connection(("127.0.0.1", server.port)) as client,
+    ):
+        begin_upload(server, client, bytes(100))
+        assert server.stop() == 0
+        assert client.recv(65536) == b""
+    assert not any("Traceback" in line or "kill" in line for line in server.lines)
+
+
+def begin_upload(server: Server, client: socket.socket, body: bytes) -> None:
+    """Send the head and 10 bytes of a body, and wait until the front end has read them."""
+    client.settimeout(30)
+    head = f"POST /v2/models/echo/infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+    client.sendall(head.encode() + body[:10])
+    requests.get(f"{server.url}/livez", timeout=10)  # taken up after what was sent before
+
+
 @pytest.mark.parametrize("grace_s", ["0", "2"])
 def test_children_of_a_killed_supervisor_serve_on_then_end(echo, grace_s):
     before = shared_memory()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
+import onnx
 import pytest
 import requests
 import tritonclient.http
@@ -321,6 +323,66 @@ def test_a_warm_up_that_fails_fails_the_load(server, repository, benchmark_model
 def test_settings_that_are_wrong_are_said(server, repository, settings, text):
     configure(repository, "m", settings)
     assert text in refusal(control(server, "load"), 400)
+    assert answering(server) == 1
+
+
+TOO_LONG = "session_options:\n  config:\n" + "".join(
+    f"    k{i}: '{'v' * 4000}'\n" for i in range(60)
+)
+"""Each entry is allowed; together they fit no message."""
+
+
+def test_settings_that_fit_no_message_fail_their_version_alone(server, repository, write_version):
+    write_version(repository / "long", 1)
+    configure(repository, "long", TOO_LONG)
+    assert "its settings are too long: a message of" in refusal(
+        control(server, "load", "long"), 400
+    )
+    assert answering(server) == 1
+    configure(repository, "long")
+    must(server, "load", "long")
+    assert answering(server, "long") == 1
+
+
+def test_at_the_start_they_fail_their_version_alone_too(repository):
+    configure(repository, "other", TOO_LONG)
+    with Server(repository, "--no-exit-on-error") as server:
+        assert answering(server) == 1
+        assert states(server, "other") == {"1": "END"}
+        assert any("its settings are too long" in line for line in server.lines)
+    server = Server(repository)
+    server.launch()
+    assert server.process.wait(DEADLINE_S) == 1
+
+
+def test_a_reason_of_any_length_arrives(server, repository, write_version):
+    path = write_version(repository / "named", 1)
+    model = onnx.load(path)
+    model.graph.node[0].op_type = "Nope"
+    model.graph.node[0].name = "N" * 300_000
+    onnx.save(model, path)
+    configure(repository, "named")
+    assert "ONNX Runtime refused the model" in refusal(control(server, "load", "named"), 400)
+
+
+def test_what_a_dead_worker_s_version_has_become_is_not_served(server, repository, write_version):
+    outside = repository.parent / "outside"
+    write_version(outside, 1, factor=7)
+    shutil.rmtree(repository / "m" / "1")
+    (repository / "m" / "1").symlink_to(outside / "1")
+    os.kill(clients.worker_of(server, "m"), signal.SIGKILL)
+    server.wait_for("version 1 cannot be served: the model file leads out of the model repository")
+    refusal(infer(server), 503)
+    assert answering(server, "other") == 1
+
+
+def test_a_repository_that_is_away_for_a_while_costs_no_version(server, repository):
+    away = repository.with_name("away")
+    repository.rename(away)
+    os.kill(clients.worker_of(server, "m"), signal.SIGKILL)
+    server.wait_for("version 1: its file cannot be opened: No such file or directory; trying again")
+    away.rename(repository)
+    until(lambda: infer(server).status_code == 200)
     assert answering(server) == 1
 
 

@@ -71,10 +71,11 @@ def run(session: ModelSession) -> bytes:
 
 
 def entries(folder) -> list:
-    """What is in the folder, all of which must be entries."""
+    """The entries in the folder, which must hold nothing but them and the digest of each."""
     found = sorted(folder.iterdir())
-    assert [path.suffix for path in found] == [".onnx"] * len(found)
-    return found
+    made = [path for path in found if path.suffix == ".onnx"]
+    assert found == sorted(made + [path.with_name(f"{path.name}.sha256") for path in made])
+    return made
 
 
 def test_the_second_load_opens_the_entry_and_answers_the_same(model, folder, opened):
@@ -174,26 +175,77 @@ def test_a_model_with_external_data_has_no_entry_and_loads_from_where_it_is(mode
     assert not folder.exists()
 
 
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda path: path.write_bytes(b""),
-        lambda path: path.write_bytes(b"nonsense" * 1000),
-        lambda path: path.write_bytes(path.read_bytes()[:-1000]),
-    ],
-    ids=["empty", "nonsense", "cut"],
-)
-def test_a_damaged_entry_is_replaced(model, folder, opened, damage):
+def flip_a_bit(path):
+    """In the weights: ONNX Runtime would answer wrongly, and say nothing."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x40
+    path.write_bytes(data)
+
+
+def make_a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def make_a_link(path):
+    """To what would fit."""
+    path.rename(path.parent.parent / "elsewhere")
+    path.symlink_to(path.parent.parent / "elsewhere")
+
+
+def digest_of(path):
+    return path.with_name(f"{path.name}.sha256")
+
+
+DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "nonsense": lambda path: path.write_bytes(b"nonsense" * 1000),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+    "a flipped bit": flip_a_bit,
+    "another graph": lambda path: onnx.save(
+        parse("(float[n] q) => (float[n] z) {z = Abs (q)}"), path
+    ),
+    "a pipe": make_a_pipe,
+    "a link": make_a_link,
+    "no digest": lambda path: digest_of(path).unlink(),
+    "a longer digest": lambda path: digest_of(path).write_text(digest_of(path).read_text() + "0"),
+    "no text for a digest": lambda path: digest_of(path).write_bytes(b"\xff" * 64),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_entry_is_replaced_unread_with_a_warning(model, folder, opened, caplog, name):
     first = run(load(model, folder))
     (entry,) = entries(folder)
     whole = entry.read_bytes()
-    damage(entry)
+    assert caplog.messages == []
+    DAMAGES[name](entry)
     assert run(load(model, folder)) == first
-    assert opened[1:] == [entry, model]
+    assert opened[1:] == [model]
+    assert caplog.messages == [
+        f"the optimised graph {entry.name} is not what was kept there: made again"
+    ]
     assert entries(folder) == [entry]
     assert len(entry.read_bytes()) == len(whole)
+    assert run(load(model, folder)) == first
+    assert opened[2:] == [entry]
+    assert len(caplog.messages) == 1
+
+
+def test_an_entry_that_is_whole_and_refused_is_made_again(model, folder, opened, monkeypatch):
     load(model, folder)
-    assert opened[3:] == [entry]
+    (entry,) = entries(folder)
+    start = session._start
+
+    def refuse(path, *args, **options):
+        made = start(path, *args, **options)
+        if path == entry:
+            raise session.LoadError("not with this runtime")
+        return made
+
+    monkeypatch.setattr(session, "_start", refuse)
+    assert run(load(model, folder)) == run(load(model, None))
+    assert opened == [model, entry, model, model]
 
 
 def not_a_folder(tmp_path):

@@ -5,9 +5,11 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import struct
 import subprocess
 import sys
 import textwrap
+import zipfile
 
 import numpy as np
 import onnx
@@ -316,12 +318,15 @@ GOOD = {
 
 @pytest.fixture
 def sampled(load, tmp_path):
-    """Loads with samples from a file of these arrays, or of these bytes."""
+    """Loads with samples from a file of these arrays or bytes, or that this function makes."""
 
     def make(graph, arrays):
-        path = tmp_path / "samples.npz"
+        path = tmp_path / "m" / "samples.npz"
+        path.parent.mkdir(exist_ok=True)
         if isinstance(arrays, bytes):
             path.write_bytes(arrays)
+        elif callable(arrays):
+            arrays(path)
         elif arrays is not None:
             np.savez(path, **arrays)
         return load(graph, warmup_samples=str(path))
@@ -387,7 +392,46 @@ def without(name: str) -> dict:
     return {key: value for key, value in GOOD.items() if key != name}
 
 
+def npy(header: str, data: bytes = b"") -> bytes:
+    """An array as NumPy writes it, whatever its header says."""
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(header) + 1) + header.encode() + b"\n" + data
+
+
+def with_member(name: str, data: bytes) -> bytes:
+    """Samples of which one array is these bytes."""
+    out = io.BytesIO()
+    np.savez(out, **without(name))
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.writestr(f"{name}.npy", data)
+    return out.getvalue()
+
+
+def text_of(code: int) -> bytes:
+    header = "{'descr': '<U1', 'fortran_order': False, 'shape': (3,), }"
+    return npy(header, struct.pack("<III", code, code, code))
+
+
+def shaped(dim: int) -> bytes:
+    return npy(f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({dim}, 2), }}", bytes(8))
+
+
+def link_out(path):
+    np.savez(path.parent.parent / "elsewhere.npz", **GOOD)
+    path.symlink_to(path.parent.parent / "elsewhere.npz")
+
+
 BAD_SAMPLES = {
+    "half a surrogate pair": (with_member("s", text_of(0xD800)), "'s' holds what is no text"),
+    "no code point": (with_member("s", text_of(0x7FFFFFFF)), "'s' holds what is no text"),
+    "a header without end": (with_member("x", npy("{'descr': ('")), "cannot be read"),
+    "a header of open text": (with_member("x", npy("{'descr': '''")), "cannot be read"),
+    "a dim beyond 64 bits": (with_member("x", shaped(1 << 70)), "cannot be read"),
+    "a dim below zero": (with_member("x", shaped(-1)), "cannot be read"),
+    "a member that is no array": (with_member("x", b"hello"), "'x' is no array"),
+    "a pipe": (os.mkfifo, "is not a regular file"),
+    "a folder": (os.mkdir, "is not a regular file"),
+    "a link out of the model's folder": (link_out, "leads out of the model's folder"),
+    "a circle of links": (lambda path: path.symlink_to(path), "cannot be read"),
     "no file": (None, "cannot be read"),
     "not an archive": (b"nonsense", "cannot be read"),
     "an empty file": (b"", "cannot be read"),
@@ -574,35 +618,40 @@ def test_a_model_that_turns_out_larger_than_what_is_left_is_refused(write):
         from gateway.errors import LoadError
         from gateway.serving import loader
         from gateway.serving.plan import LoadPlan
-        plan = LoadPlan({str(path)!r}, max_batch_size=2, memory_left_bytes=10 << 20)
+        left = loader._memory_bytes() + (10 << 20)
+        plan = LoadPlan({str(path)!r}, max_batch_size=2, memory_left_bytes=left)
+        print(left)
         try:
             print(loader.load(plan, lambda: None))
         except LoadError as error:
             print(error.message)
     """)
-    assert message.startswith("it takes ")
-    assert message.endswith(
-        "bytes of memory and the server has 10485760 left: raise the server's "
-        "memory_bytes or serve fewer models"
+    left, reason = message.split("\n")
+    assert reason.startswith("it takes ")
+    assert reason.endswith(
+        f"bytes of memory and the server has {left} left: raise the server's memory_bytes or serve "
+        f"fewer models"
     )
 
 
-def test_what_a_model_takes_is_reported(write):
+def test_what_its_worker_takes_is_reported_all_of_it(write):
     path = write(
         "(float[n, 5] x) => (float[n, 5] y) { a = Add (x, w)  y = Slice (a, z, f, z) }",
         w=np.zeros((1, 5), np.float32),
         z=np.array([1]),
         f=np.array([5]),
     )
-    taken = int(
+    before, taken = map(
+        int,
         in_another_process(f"""
             from gateway.serving import loader
             from gateway.serving.plan import LoadPlan
+            print(loader._memory_bytes())
             print(loader.load(LoadPlan({str(path)!r}, max_batch_size=0), lambda: None)
                   .understanding.resident_bytes)
-        """)
+        """).split(),
     )
-    assert 0 < taken < 1 << 30
+    assert 4 << 20 < before < taken < 1 << 30
 
 
 def test_string_arrays_of_files_become_bytes(load):

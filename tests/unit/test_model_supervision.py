@@ -3,14 +3,18 @@
 import asyncio
 from pathlib import Path
 
+import msgpack
 import pytest
 
 from gateway.control import models
-from gateway.control.models import ModelControl, ModelSupervision
+from gateway.control.models import MAX_MODELS, ModelControl, ModelSupervision
 from gateway.control.planning import MemoryBudget
 from gateway.control.repository import ModelEntry, VersionEntry
+from gateway.control.supervisor import Supervisor
 from gateway.control.version import VersionObserver
-from gateway.errors import InvalidRequest, NotFound, Unavailable
+from gateway.errors import ConfigurationError, InvalidRequest, NotFound, Unavailable
+from gateway.names import MAX_VERSION
+from gateway.serving.channel import MAX_MESSAGE_BYTES, MessageTooLarge
 from gateway.serving.routes import VersionState
 from gateway.settings import ModelSettings, ServerSettings
 
@@ -213,3 +217,45 @@ async def test_operations_on_a_model_take_turns_and_unknown_names_leave_nothing(
     await control.perform("unload", "m")
     assert known == {}
     assert world.forgotten == [1]
+
+
+async def test_there_is_an_end_to_models_and_their_routes_fit_a_message(world, monkeypatch):
+    routes = {f"{i:064}": MAX_VERSION for i in range(MAX_MODELS)}
+    message = {"op": "routes", "routes": routes, "is_started": True}
+    assert len(msgpack.packb(message)) < MAX_MESSAGE_BYTES
+    monkeypatch.setattr(models, "scan_model", lambda _repository, _name: entry(1))
+    monkeypatch.setattr(models, "MAX_MODELS", 1)
+    known = {}
+    control = ModelControl(world.server, known, world.budget, world.observer)
+    await control.perform("load", "m")
+    with pytest.raises(Unavailable, match="1 models are known already"):
+        await control.perform("load", "another")
+    await control.perform("load", "m")
+    await control.perform("unload", "another")
+    assert list(known) == ["m"]
+
+
+async def test_too_many_models_are_no_start(world):
+    supervisor = Supervisor(world.server, [entry(1)] * (MAX_MODELS + 1), None, None)
+    with pytest.raises(ConfigurationError, match=f"{MAX_MODELS + 1} models, of {MAX_MODELS}"):
+        await supervisor.run()
+
+
+async def test_a_version_that_front_ends_cannot_be_told_of_fails(world):
+    class Frontend:
+        def send(self, op, _fds, **fields):
+            if "signature" in fields:
+                raise MessageTooLarge("a message of 200000 bytes")
+
+    class Told(Version):
+        board_fd, seats, signature = -1, (), {}
+
+        def fail(self, reason):
+            self.reason = reason
+
+    version = Told("m", VersionEntry(1, Path("1")), ModelSettings(), None, None, None)
+    version.state = VersionState.READY
+    supervisor = Supervisor(world.server, [], None, None)
+    supervisor._frontend = Frontend()
+    supervisor._tell_state(version)
+    assert version.reason.startswith("its signature and settings are too long: a message of 200000")

@@ -9,7 +9,8 @@ import msgpack
 import pytest
 
 from gateway.control import planning
-from gateway.control.planning import MemoryBudget, default_threads, file_bytes, load_plan
+from gateway.control.planning import MemoryBudget, default_threads, load_plan, worker_options
+from gateway.serving.options import WorkerOptions
 from gateway.serving.plan import Device, Execution, LoadPlan, Understanding
 from gateway.settings import Instance, ModelSettings, ServerSettings
 from gateway.tensors import Padding
@@ -165,11 +166,20 @@ def test_a_model_s_cpu_workers_share_the_cpus(server, cpus, instances, count, th
         assert plan.execution.threads == (instance.threads or threads)
 
 
-def test_the_size_of_a_file_that_is_gone_is_zero(tmp_path):
-    path = tmp_path / "model.onnx"
-    assert file_bytes(path) == 0
-    path.write_bytes(b"12345")
-    assert file_bytes(path) == 5
+def test_what_a_worker_is_told_besides(server):
+    made = server(orphan_grace_s=7, log_level="error", log_format="json")
+    settings = ModelSettings(max_queue_delay_us=9)
+    options = worker_options(settings, made, Instance(cpus="0-1"), seats=4, seat=3, incarnation=5)
+    assert options == WorkerOptions(
+        seats=4,
+        seat=3,
+        incarnation=5,
+        cpus="0-1",
+        max_queue_delay_us=9,
+        orphan_grace_s=7,
+        log_level="error",
+        log_format="json",
+    )
 
 
 A, B = ("m", 1, 0), ("m", 1, 1)
@@ -178,10 +188,10 @@ A, B = ("m", 1, 0), ("m", 1, 1)
 def test_memory_is_what_is_left_after_all_that_was_taken():
     budget = MemoryBudget(1000)
     assert budget.left_bytes() == 1000
-    budget.take(A, 300)
-    budget.take(B, 200)
+    assert budget.take(A, 300) == 1000
+    assert budget.take(B, 200) == 700
     assert budget.left_bytes() == 500
-    budget.take(A, 450)  # loaded: it takes more than its file
+    assert budget.take(A, 450) == 800  # loaded: it takes more than its file
     assert budget.left_bytes() == 350
     budget.give_back(B)
     assert budget.left_bytes() == 550

@@ -82,6 +82,8 @@ def test_ignored_fields_are_walked_through_objects():
 def test_ignored_fields_hold_plain_types_only():
     with pytest.raises(InvalidRequest, match="unsupported type"):
         jsontext.check_ignored({"a": [1, object()]}, ())
+    with pytest.raises(InvalidRequest, match="unsupported type"):
+        jsontext.check_ignored({"a": object()}, ())
 
 
 @pytest.mark.parametrize("datatype", IN_JSON, ids=lambda t: t.name)

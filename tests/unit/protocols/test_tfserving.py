@@ -5,8 +5,9 @@ import orjson
 import pytest
 
 from gateway.bytestrings import elements
-from gateway.errors import InvalidRequest
+from gateway.errors import InvalidRequest, TooLarge
 from gateway.protocols.call import check_call
+from gateway.protocols.strings import MAX_STRINGS
 from gateway.protocols.tfserving import (
     VersionStatus,
     encode_predict,
@@ -307,6 +308,29 @@ def test_nested_strings():
 )
 def test_strings_that_are_refused(instances, message):
     assert refusal({"instances": instances}, WORDS) == f"input 's': {message}"
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"inputs": [""] * (MAX_STRINGS + 1)},
+        {"inputs": [[]] * (MAX_STRINGS + 1)},
+        {"instances": [{"s": ""}] * (MAX_STRINGS + 1)},
+        {"inputs": {"s": [""] * MAX_STRINGS, "t": [""]}},
+    ],
+    ids=["columns", "lists", "rows", "two inputs"],
+)
+def test_a_request_of_too_many_strings(document):
+    two = whole([unranked("s", "BYTES"), optional("t", "BYTES", "N")])
+    with pytest.raises(TooLarge, match=f"the limit is {MAX_STRINGS}"):
+        parse_predict(orjson.dumps(document), two)
+
+
+def test_as_many_strings_as_a_request_may_hold():
+    body = orjson.dumps({"instances": [{"s": ""}] * MAX_STRINGS})
+    call, _ = parse_predict(body, ANY_WORDS)
+    check_call(call, ANY_WORDS, MAX_BYTES)
+    assert call.inputs[0].data == bytes(4 * MAX_STRINGS)
 
 
 def test_strings_of_another_shape():

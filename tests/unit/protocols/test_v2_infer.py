@@ -6,8 +6,9 @@ import orjson
 import pytest
 
 from gateway.bytestrings import elements, serialise
-from gateway.errors import InvalidRequest
+from gateway.errors import InvalidRequest, TooLarge
 from gateway.protocols.call import InferCall, WantedOutput, check_call
+from gateway.protocols.strings import MAX_STRINGS
 from gateway.protocols.v2_infer import (
     MAX_TIMEOUT_US,
     encode_infer,
@@ -276,6 +277,10 @@ def test_a_string_without_dims(data):
         ([1, 2], [0.5, "b"], "input 's': element 0: expected a string, got a float"),
         ([1, 2], "ab", "input 's': 'data' must be an array"),
         ([1, 2], nested(101), "input 's': 'data' nests deeper than 100 levels"),
+        ([1, 2], [["a", ["b"]], [["c"]]], "input 's': expected 2 strings for shape [1,2], got 3"),
+        ([1, 2], [[]], "input 's': expected 2 strings for shape [1,2], got 0"),
+        ([0, 2], ["a"], "input 's': expected 0 strings for shape [0,2], got 1"),
+        ([-1, -2], ["a", "b"], "input 's': 'shape' has a negative dim"),
         ([1, 3], ["a"] * 3, "unexpected shape for input 's': expected [-1,2], got [1,3]"),
     ],
 )
@@ -288,8 +293,47 @@ def test_strings_nest_up_to_the_limit():
     check_call(call, ANY_WORDS, MAX_BYTES)
 
 
+@pytest.mark.parametrize("shape", [[MAX_STRINGS + 1], [0, MAX_STRINGS + 1], [2**62, 2**62]])
+@pytest.mark.parametrize("data", [["a"], b"\1\0\0\0a"], ids=["json", "binary"])
+def test_a_request_of_too_many_strings(shape, data):
+    document = one_input("s", "BYTES", shape, data)
+    raw = data if isinstance(data, bytes) else b""
+    if raw:
+        del document["inputs"][0]["data"]
+        document["inputs"][0]["parameters"] = {"binary_data_size": len(raw)}
+    body, length = framed(document, raw)
+    shown = "over 2^63-1" if max(shape) == 2**62 else str(MAX_STRINGS + 1)
+    with pytest.raises(TooLarge) as caught:
+        parse_infer(body, length, ANY_WORDS)
+    assert caught.value.message == (
+        f"the request holds {shown} strings or more, the limit is {MAX_STRINGS}: send it in parts"
+    )
+
+
+def test_strings_are_limited_by_the_request_and_not_by_the_tensor():
+    half = one_input("s", "BYTES", [MAX_STRINGS // 2], [""] * (MAX_STRINGS // 2))
+    (entry,) = half["inputs"]
+    call = parse({"inputs": [entry, entry]}, ANY_WORDS)
+    assert [len(tensor.data) for tensor in call.inputs] == [MAX_STRINGS * 2] * 2
+    one = {**entry, "shape": [1], "data": [""]}
+    with pytest.raises(TooLarge):
+        parse({"inputs": [entry, entry, one]}, ANY_WORDS)
+
+
+def test_strings_in_too_many_lists():
+    data = ["a"] * 100
+    for _ in range(8):
+        data = [[item] for item in data]
+    parse(one_input("s", "BYTES", [100], data), ANY_WORDS)
+    for _ in range(2):
+        data = [[item] for item in data]
+    assert refusal(one_input("s", "BYTES", [100], data), ANY_WORDS) == (
+        "input 's': expected 100 strings for shape [100], got more lists than they need"
+    )
+
+
 def test_text_that_is_not_unicode():
-    body = orjson.dumps(one_input("s", "BYTES", [2], ["a", "NaN"]))
+    body = orjson.dumps(one_input("s", "BYTES", [3], ["a", "NaN"]))
     assert refusal(body.replace(b'"NaN"', b'"\\ud800",NaN'), ANY_WORDS) == (
         "input 's': element 1: a string must be Unicode text"
     )
