@@ -36,7 +36,7 @@ from gateway.tensors import Signature
 log = logging.getLogger("gateway.frontend")
 
 DRAIN_LOOK_S = 0.02
-"""Pause between two looks at whether a version that is unloaded still has requests in flight."""
+"""Pause between two looks at whether requests are still in flight, where one unloads or the server ends."""
 
 ASK_AGAIN_S = 1.0
 """Pause before a message is asked for again whose descriptors this process had no room for."""
