@@ -41,6 +41,10 @@ SCALED = f"""{OPSET}
 g (float[n, 2] x, float factor) => (float[n, 2] y) <float factor = {{3}}> {{ y = Mul (x, factor) }}"""
 
 
+LARGE = f"""{OPSET}
+g (uint8[size] x) => (uint8[size] y) <uint8 most = {{255}}> {{ y = Sub (most, x) }}"""
+
+
 def write(repository: Path, name: str, text: str, config: str = "") -> Path:
     folder = repository / name / "1"
     folder.mkdir(parents=True)
@@ -62,6 +66,7 @@ def server(tmp_path_factory, benchmark_models):
         "allowed_batch_sizes: [2, 5, 8]\naccept_batch_effects: true\n",
     )
     write(repository, "scaled", SCALED)
+    write(repository, "large", LARGE, "max_batch_size: 0\n")
     (repository / "levels" / "1").mkdir(parents=True)
     benchmark_models.echo(repository / "levels" / "1" / "model.onnx")
     (repository / "levels" / "config.yaml").write_text(
@@ -209,3 +214,30 @@ def test_the_second_start_uses_the_optimised_graph_of_the_first(tmp_path):
         written.append((entry.name, entry.stat().st_mtime_ns))
     assert written[0] == written[1]
     np.testing.assert_array_equal(*answers)
+
+
+def test_a_body_of_64_mib_is_served_and_one_byte_more_is_not(server):
+    """Exactly the default of max_request_bytes, header of the binary extension included."""
+    limit = 64 << 20
+    size = limit - 200  # the head is padded with blanks to the rest
+
+    entry = {"name": "x", "datatype": "UINT8", "shape": [size]}
+    entry["parameters"] = {"binary_data_size": size}
+    document = {"inputs": [entry], "parameters": {"binary_data_output": True}}
+    head = json.dumps(document).encode().ljust(limit - size)
+    assert len(head) == 200
+    data = np.random.default_rng(3).integers(0, 256, size, np.uint8)
+    headers = {"Inference_Header_Content_Length": str(len(head))}
+    path = "/v2/models/large/infer"
+    status, fields, body = clients.exchange(
+        server.port, "POST", path, head + data.tobytes(), **headers
+    )
+    assert status == 200, body[:200]
+    np.testing.assert_array_equal(
+        np.frombuffer(body[int(fields["inference-header-content-length"]) :], np.uint8), ~data
+    )
+    status, _, body = clients.exchange(
+        server.port, "POST", path, head + data.tobytes() + b"x", **headers
+    )
+    assert status == 413
+    assert b"max_request_bytes" in body
