@@ -17,6 +17,7 @@ from contextlib import suppress
 import uvloop
 from aiohttp import http_parser, web
 
+from gateway.errors import Unavailable
 from gateway.frontend.answers import DRAINING, answering
 from gateway.frontend.health import HealthHandlers
 from gateway.frontend.inference import Inference
@@ -31,6 +32,9 @@ from gateway.telemetry import logs
 from gateway.telemetry.metrics import Metrics
 
 log = logging.getLogger("gateway.frontend")
+
+LAST_WORDS_S = 1.0
+"""Time, after drain_timeout_s, in which what is still in flight is answered with 503."""
 
 
 class Frontend:
@@ -81,17 +85,22 @@ class Frontend:
         with suppress(TimeoutError):
             async with asyncio.timeout(options.drain_timeout_s):
                 await self._finish(routes, runners)
+        for version in routes.versions():
+            if version.dispatcher is not None:
+                version.dispatcher.fail_all(Unavailable("the server is shutting down"))
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_WORDS_S):
+                for runner in runners:
+                    await runner.cleanup()
 
     async def _finish(self, routes: RouteTable, runners: list[web.AppRunner]) -> None:
-        """Close the data port's listener and let requests in flight end, then close everything."""
+        """Close the data port's listener and let requests in flight end."""
         for site in runners[0].sites:
             await site.stop()
         # Waited for here, not in `cleanup`: that reads nothing more from any connection, so that a
         # request would lose the rest of its body.
         while routes.in_flight():  # noqa: ASYNC110  (a request's end should not cost a question)
             await asyncio.sleep(DRAIN_LOOK_S)
-        for runner in runners:
-            await runner.cleanup()
 
     def _application(self) -> web.Application:
         limit = self._options.max_request_bytes
