@@ -85,22 +85,23 @@ class Frontend:
         with suppress(TimeoutError):
             async with asyncio.timeout(options.drain_timeout_s):
                 await self._finish(routes, runners)
+                return
         for version in routes.versions():
             if version.dispatcher is not None:
                 version.dispatcher.fail_all(Unavailable("the server is shutting down"))
         with suppress(TimeoutError):
             async with asyncio.timeout(LAST_WORDS_S):
-                for runner in runners:
-                    await runner.cleanup()
+                await _close(runners)
 
     async def _finish(self, routes: RouteTable, runners: list[web.AppRunner]) -> None:
-        """Close the data port's listener and let requests in flight end."""
+        """Close the data port's listener, let what is in flight end, then close everything."""
         for site in runners[0].sites:
             await site.stop()
         # Waited for here, not in `cleanup`: that reads nothing more from any connection, so that a
         # request would lose the rest of its body.
         while routes.in_flight():  # noqa: ASYNC110  (a request's end should not cost a question)
             await asyncio.sleep(DRAIN_LOOK_S)
+        await _close(runners)  # which waits for answers that are still read
 
     def _application(self) -> web.Application:
         limit = self._options.max_request_bytes
@@ -133,6 +134,11 @@ class Frontend:
             log.warning("the supervisor is gone; serving on for %g s", grace_s)
         self._pause_s = 0.0
         asyncio.get_running_loop().call_later(grace_s, self._stop.set)
+
+
+async def _close(runners: list[web.AppRunner]) -> None:
+    for runner in runners:
+        await runner.cleanup()
 
 
 def main(argv: list[str] | None = None) -> int:

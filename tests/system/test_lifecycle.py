@@ -11,6 +11,8 @@ import sys
 import time
 from pathlib import Path
 
+import onnx
+import onnx.parser
 import pytest
 import requests
 
@@ -84,6 +86,34 @@ def test_sigterm_lets_an_upload_finish(echo, pause_s):
         assert answer.startswith(b"HTTP/1.1 200"), answer
         assert b"connection: close" in answer.lower()
         assert server.process.wait(60) == 0  # long before drain_timeout_s
+
+
+def test_sigterm_lets_an_answer_be_read_to_its_end(tmp_path):
+    size = 32 << 20
+    (tmp_path / "large" / "1").mkdir(parents=True)
+    graph = "g (uint8[size] x) => (uint8[size] y) { y = Identity (x) }"
+    model = onnx.parser.parse_model(f'<ir_version: 9, opset_import: ["" : 17]> {graph}')
+    onnx.save(model, tmp_path / "large" / "1" / "model.onnx")
+    (tmp_path / "large" / "config.yaml").write_text("max_batch_size: 0\n")
+    head = (
+        "POST /v2/models/large/infer HTTP/1.1\r\nHost: x\r\n"
+        f"Inference-Header-Content-Length: 0\r\nContent-Length: {size}\r\n\r\n"
+    )
+    with (
+        Server(tmp_path, GATEWAY_DRAIN_TIMEOUT_S="600") as server,
+        socket.create_connection(("127.0.0.1", server.port)) as client,
+    ):
+        client.settimeout(30)
+        client.sendall(head.encode() + bytes(range(256)) * (size // 256))
+        received = bytearray(client.recv(4096))
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(subprocess.TimeoutExpired):
+            server.process.wait(2)  # it stays for the one who reads
+        while piece := client.recv(1 << 20):
+            received += piece
+        assert received.startswith(b"HTTP/1.1 200")
+        assert received.endswith(bytes(range(256)) * (size // 256))
+        assert server.process.wait(60) == 0
 
 
 def test_an_upload_that_never_ends_holds_up_an_end_no_longer_than_it_may(echo):
