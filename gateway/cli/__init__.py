@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from gateway import __version__
+from gateway.cli.bench import bench
 from gateway.errors import GatewayError
 
 
@@ -24,6 +25,7 @@ def cli() -> None:
 @click.option("--port", metavar="N", help="Data port [8000].")
 @click.option("--metrics-host", metavar="H", help="Address of the metrics port [127.0.0.1].")
 @click.option("--metrics-port", metavar="N", help="Port of /metrics [8002].")
+@click.option("--frontends", metavar="N", help="Processes that share the data port [1].")
 @click.option("--config", metavar="FILE", help="YAML file with any of the server's settings.")
 @click.option("--strict-readiness", is_flag=True, default=None, help="A failed model is unready.")
 @click.option(
@@ -95,6 +97,9 @@ def run_doctor(repository: str | None, config: str | None, is_json: bool) -> Non
     from gateway.cli import doctor
 
     sys.exit(doctor.run(Path(repository) if repository else None, config, is_json=is_json))
+
+
+cli.add_command(bench)
 
 
 def main() -> None:
