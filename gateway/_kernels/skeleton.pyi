@@ -1,0 +1,9 @@
+from typing_extensions import Buffer
+
+def json_parts(body: Buffer, room: int) -> tuple[bytes, list[tuple[int, int, int, int]]] | None: ...
+def msgpack_parts(
+    body: Buffer, room: int
+) -> tuple[bytes, list[tuple[int, int, int, int]]] | None: ...
+def numbers(
+    text: Buffer, datatype_index: int, count: int, dims: tuple[int, ...] | None
+) -> bytes | None: ...
