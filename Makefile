@@ -5,11 +5,11 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \
 	2>/dev/null && command -v $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-KERNELS := $(wildcard kernels/*.pyx kernels/*.pxd kernels/*.h)
+KERNELS := $(wildcard kernels/*.pyx kernels/*.h gateway/_kernels/*.pxd)
 
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test lint types unit bench backend watermarks build build-debug clean
+.PHONY: help demo test lint types unit bench peers backend watermarks build build-debug clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ bench: build  ## Run the benchmarks; tables go to benchmarks/results/.
 	$(BIN)/python benchmarks/padding.py
 	$(BIN)/python benchmarks/reload.py
 
+peers: build  ## Measure other servers beside the gateway; installs them in benchmarks/.peers; takes an hour.
+	$(BIN)/python benchmarks/peers.py
+
 backend: build  ## Serve all of the onnx package's own tests of operators; takes minutes.
 	$(BIN)/python tests/backend/run.py --write benchmarks/results/backend.md
 
@@ -48,7 +51,7 @@ build: $(VENV)/.dev $(VENV)/.kernels  ## Build the kernels in place.
 build-debug: $(VENV)/.kernels-debug
 
 clean:  ## Remove everything that was made.
-	rm -rf $(VENV) build dist *.egg-info gateway/_kernels/*.so
+	rm -rf $(VENV) benchmarks/.peers build dist *.egg-info gateway/_kernels/*.so
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 with venv is needed" >&2; exit 1; }

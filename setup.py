@@ -22,14 +22,26 @@ DIRECTIVES = {
     "freethreading_compatible": False,
 }
 
-KERNELS = ("ring", "pack", "decode")
+KERNELS = ("ring", "pack", "decode", "slots", "heads", "ledger", "skeleton", "fastlane")
+DEPENDS = {
+    "ring": ["kernels/atomics.h", "kernels/ring_layout.h"],
+    "heads": ["kernels/http_head.h", "kernels/http_answer.h"],
+    "ledger": ["kernels/atomics.h", "kernels/ledger_layout.h"],
+    "skeleton": ["kernels/json_blocks.h", "kernels/numbers.h"],
+    "fastlane": [
+        "kernels/http_head.h",
+        "kernels/http_answer.h",
+        "kernels/ledger_layout.h",
+        "kernels/ring_layout.h",
+    ],
+}
 
 extensions = [
     Extension(
         f"gateway._kernels.{name}",
         [f"kernels/{name}.pyx"],
         include_dirs=["kernels"],
-        depends=["kernels/atomics.h", "kernels/ring_layout.h"] if name == "ring" else [],
+        depends=DEPENDS.get(name, []),
         define_macros=[("GATEWAY_RING_STEPS", "1" if DEBUG else "0")],
         extra_compile_args=["-O2", "-g", "-std=c11"] if DEBUG else ["-O3", "-std=c11"],
     )

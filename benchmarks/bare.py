@@ -1,8 +1,9 @@
-"""A loop that does nothing but ``session.run`` on `encoder`: what `saturation.py` compares with.
+"""A loop that does nothing but ``session.run``: what `saturation.py` and `peers.py` compare with.
 
     python bare.py MODEL
 
-Reads lines of batch size and seconds, and answers each with rows a second and rows a CPU second.
+The model has one FP32 input, of a shape that is fixed but for the rows. Reads lines of batch size and
+seconds, and answers each with rows a second and rows a CPU second.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 from harness import open_session
-from models import ENCODER_LENGTH, ENCODER_WIDTH
 
 
 class BareLoop:
@@ -45,11 +45,11 @@ class BareLoop:
 def serve(model: Path) -> None:
     """Answer lines of batch size and seconds with rows a second and a CPU second, until their end."""
     session = open_session(model)
+    (taken,) = session.get_inputs()
     rng = np.random.default_rng(0)
     for line in sys.stdin:
         batch_size, seconds = line.split()
-        shape = (int(batch_size), ENCODER_LENGTH, ENCODER_WIDTH)
-        feed = {"tokens_embedding": rng.standard_normal(shape, np.float32)}
+        feed = {taken.name: rng.standard_normal((int(batch_size), *taken.shape[1:]), np.float32)}
         session.run(None, feed)
         rows, began, cpu, now = 0, time.perf_counter(), time.process_time(), 0.0
         while now - began < float(seconds):

@@ -252,17 +252,17 @@ class Noise:
 
     def begin(self, ours: Iterable[int] = ()) -> None:
         """From here; ``ours`` are the processes of the benchmark that do work."""
-        self._began = time.monotonic(), _busy_s() - usage(ours).cpu_ns / 1e9
+        self._began = time.monotonic(), busy_s() - usage(ours).cpu_ns / 1e9
 
     def end(self, ours: Iterable[int] = ()) -> float:
         """To here; ``ours`` may have got new members since, but none may have ended."""
         then, busy = self._began
-        more = _busy_s() - usage(ours).cpu_ns / 1e9 - busy
+        more = busy_s() - usage(ours).cpu_ns / 1e9 - busy
         self.cores.append(max(0.0, more / (time.monotonic() - then)))
         return self.cores[-1]
 
 
-def _busy_s() -> float:
+def busy_s() -> float:
     """CPU seconds that all cores have spent on anything since boot."""
     with Path("/proc/stat").open() as file:
         ticks = [int(field) for field in file.readline().split()[1:9]]

@@ -63,9 +63,11 @@ class Client:
             # An answer's head comes in one segment: the server writes it with one call.
             head = BUFFER.find(b"\r\n\r\n", 0, got)
             if not BUFFER.startswith(b"HTTP/1.1 200") or head < 0:
-                raise RuntimeError(bytes(BUFFER[: min(got, 300)]).decode(errors="replace"))
-            at = BUFFER.index(b"\r\nContent-Length: ") + 18  # not Inference-Header-Content-Length
-            self._left = head + 4 + int(BUFFER[at : BUFFER.index(b"\r", at)])
+                line = bytes(BUFFER[: min(got, 300)]).partition(b"\r\n")[0]
+                raise RuntimeError(f"not answered well: {line.decode(errors='replace')}")
+            fields = bytes(BUFFER[: head + 2]).lower()
+            at = fields.index(b"\r\ncontent-length: ") + 18  # not inference-header-content-length
+            self._left = head + 4 + int(fields[at : fields.index(b"\r", at)])
         elif not got:
             raise RuntimeError("the server closed a connection")
         self._left -= got

@@ -27,6 +27,7 @@ ENCODER_WIDTH = 384
 ENCODER_HEADS = 6
 ENCODER_HIDDEN = 1536
 ENCODER_LENGTH = 32
+IMAGE_SHAPE = (3, 224, 224)
 SLOW_WIDTH = 128
 SLOW_STEPS = 12_000
 
@@ -114,6 +115,18 @@ def mlp784(path: Path) -> None:
     hidden = g.node("Relu", g.dense(g.input("x", TensorProto.FLOAT, [784]), 784, 256))
     hidden = g.node("Relu", g.dense(hidden, 256, 128))
     g.node("Softmax", g.dense(hidden, 128, 10), out="y", axis=-1)
+    g.output("y", TensorProto.FLOAT, [10])
+    g.write(path)
+
+
+def image(path: Path) -> None:
+    """Writes a model whose requests are large (602 kB) and that costs little more than reading them.
+
+    `x` FP32 [batch, 3, 224, 224] -> `y` FP32 [batch, 10]: the mean of each channel, then 3-10.
+    """
+    g = GraphWriter("image")
+    means = g.node("GlobalAveragePool", g.input("x", TensorProto.FLOAT, IMAGE_SHAPE))
+    g.dense(g.node("Flatten", means, axis=1), IMAGE_SHAPE[0], 10, out="y")
     g.output("y", TensorProto.FLOAT, [10])
     g.write(path)
 
@@ -288,6 +301,7 @@ MODELS: dict[str, tuple[Callable[[Path], None], int]] = {
     "mlp16": (mlp16, 64),
     "mlp784": (mlp784, 64),
     "encoder": (encoder, 32),
+    "image": (image, 32),
     "echo": (echo, 32),
     "gather": (gather, 32),
     "dynamic": (dynamic, 16),

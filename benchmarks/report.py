@@ -43,6 +43,8 @@ class Report:
         title: one line.
         columns, rows: of the table.
         notes: lines below it.
+        left: how many of the columns are words, and set left; the others are numbers.
+        figure: file name of a picture beside the table's file; empty: there is none.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Report:
     columns: Sequence[str]
     rows: list[Sequence[str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    left: int = 1
+    figure: str = ""
 
     def target(self, text: str, met: bool, measured: str, quiet: bool = True) -> None:
         """Note whether a target was met; ``quiet``: no other work disturbed the measurement."""
@@ -60,7 +64,7 @@ class Report:
         """Print it and write the file."""
         table = RichTable(title=self.title)
         for i, column in enumerate(self.columns):
-            table.add_column(column, justify="right" if i else "left")
+            table.add_column(column, justify="left" if i < self.left else "right")
         for row in self.rows:
             table.add_row(*row)
         console = Console() if sys.stdout.isatty() else Console(width=WIDTH)
@@ -73,10 +77,11 @@ class Report:
     def _markdown(self) -> str:
         lines = [f"# {self.title}", "", f"Made by `python benchmarks/{self.name}.py`.", ""]
         lines += [f"- {fact}" for fact in machine()]
+        if self.figure:
+            lines += ["", f"![{self.title}]({self.figure})"]
         lines += ["", "| " + " | ".join(self.columns) + " |"]
-        lines += [
-            "| " + " | ".join("---:" if i else "---" for i in range(len(self.columns))) + " |"
-        ]
+        rules = ("---" if i < self.left else "---:" for i in range(len(self.columns)))
+        lines += ["| " + " | ".join(rules) + " |"]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows]
         lines += [""] + [f"- {note}" for note in self.notes]
         return "\n".join(lines).rstrip() + "\n"
@@ -95,8 +100,14 @@ def machine() -> list[str]:
         f"kernel: {system.sysname} {system.release}",
         f"Python {sys.version.split()[0]}, "
         + ", ".join(
-            f"{name} {metadata.version(name)}" for name in ("onnxruntime", "aiohttp", "uvloop")
+            f"{name} {metadata.version(name)}" for name in (_runtime(), "aiohttp", "uvloop")
         ),
         f"gateway {version[1] if version else '?'}, commit {commit.stdout.strip() or 'none yet'}",
         f"niceness {os.nice(0)}, date: {datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
     ]
+
+
+def _runtime() -> str:
+    """The distribution that ONNX Runtime was installed by."""
+    installed = {found.metadata["Name"] for found in metadata.distributions()}
+    return "onnxruntime-gpu" if "onnxruntime-gpu" in installed else "onnxruntime"

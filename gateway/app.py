@@ -16,7 +16,7 @@ from gateway.settings import ServerSettings
 from gateway.telemetry import logs
 
 BACKLOG = 1024
-"""Connections that the kernel holds for a front end that is busy or being replaced."""
+"""Connections that the kernel holds for each front end that is busy or being replaced."""
 
 
 def serve(settings: ServerSettings) -> None:
@@ -35,7 +35,9 @@ def serve(settings: ServerSettings) -> None:
             "the model repository has no model: expected <model>/<version>/model.onnx in it"
         )
     with ExitStack() as stack:
-        data = stack.enter_context(_listen(settings.host, settings.port, "port"))
+        data = [stack.enter_context(_listen(settings.host, settings.port, "port"))]
+        while len(data) < settings.frontends:
+            data.append(stack.enter_context(_listen_beside(data[0])))
         metrics = stack.enter_context(_listen(settings.host, settings.metrics_port, "metrics_port"))
 
         async def run() -> None:
@@ -63,5 +65,26 @@ def _listen(host: str, port: int, setting: str) -> socket.socket:
         sock.close()
         raise ConfigurationError(
             f"{setting}: cannot listen on {host}:{port}: {error.strerror or error}"
+        ) from None
+    return sock
+
+
+def _listen_beside(first: socket.socket) -> socket.socket:
+    """Another socket on the first one's port; the kernel spreads connections over those that listen.
+
+    The first listens before it shares the port: where another server has the port already, one of ours
+    as well, the start ends instead of joining that one.
+    """
+    first.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    sock = socket.socket(first.family, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(first.getsockname())
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ConfigurationError(
+            f"frontends: cannot share the data port: {error.strerror or error}"
         ) from None
     return sock

@@ -48,16 +48,6 @@ cdef extern from "ring_layout.h" nogil:
     unsigned GW_OWNER(uint64_t word)
     unsigned GW_ROWS(uint64_t word)
     uint32_t GW_GENERATION(uint64_t word)
-    ctypedef struct gw_lane:
-        uint32_t magic, layout, slot_count, dims_per_slot
-        uint32_t armed
-        uint64_t open_bits[8]
-        uint64_t done_bits[8]
-    ctypedef struct gw_slot:
-        uint64_t word, oldest_ns, shape_id, capacity, complete, started_ns, finished_ns
-    ctypedef struct gw_seat:
-        uint32_t state, incarnation
-        uint64_t batches, busy_since_ns
 
 FREE = GW_FREE
 OPEN = GW_OPEN
@@ -115,9 +105,6 @@ def board_bytes(Py_ssize_t seats):
 cdef class _Mapping:
     """A writable buffer held for as long as kernels point into it."""
 
-    cdef Py_buffer view
-    cdef bint held
-
     def __cinit__(self, owner):
         PyObject_GetBuffer(owner, &self.view, PyBUF_SIMPLE | PyBUF_WRITABLE)
         self.held = True
@@ -134,13 +121,6 @@ cdef class _Mapping:
 cdef class _Control:
     """A lane's control memory, checked once; geometry is private, as peers may scribble on it."""
 
-    cdef _Mapping mapping
-    cdef gw_lane *lane
-    cdef char *records
-    cdef Py_ssize_t stride
-    cdef readonly Py_ssize_t slot_count
-    cdef readonly Py_ssize_t dims_per_slot
-
     def __cinit__(self, control, Py_ssize_t slot_count, Py_ssize_t dims_per_slot):
         cdef Py_ssize_t needed = control_bytes(slot_count, dims_per_slot)
         self.mapping = _Mapping(control)
@@ -152,10 +132,10 @@ cdef class _Control:
         self.slot_count = slot_count
         self.dims_per_slot = dims_per_slot
 
-    cdef inline gw_slot *slot(self, Py_ssize_t index) noexcept nogil:
+    cdef gw_slot *slot(self, Py_ssize_t index) noexcept nogil:
         return <gw_slot *>(self.records + index * self.stride)
 
-    cdef inline int64_t *dims(self, Py_ssize_t index) noexcept nogil:
+    cdef int64_t *dims(self, Py_ssize_t index) noexcept nogil:
         return <int64_t *>(self.records + index * self.stride + sizeof(gw_slot))
 
     cdef int check(self, Py_ssize_t index) except -1:
@@ -172,10 +152,6 @@ cdef class _Control:
 
 cdef class _Board:
     """The seats of a version's workers."""
-
-    cdef _Mapping mapping
-    cdef gw_seat *seats
-    cdef Py_ssize_t count
 
     def __cinit__(self, board):
         self.mapping = _Mapping(board)
@@ -203,14 +179,6 @@ cdef class _Board:
             gw_futex_wake(&self.seats[i].state)
 
 
-cdef struct Mirror:
-    uint32_t generation
-    uint32_t rows
-    uint32_t capacity
-    uint32_t phase   # FREE, OPEN, EDIT or RETRY as the front end last wrote it; later phases are read
-    uint32_t resume  # the phase that an edit goes back to
-
-
 cdef class Producer:
     """The front end's side of a lane: the only one that opens, edits, retries and frees slots.
 
@@ -221,10 +189,6 @@ cdef class Producer:
             header is written here. Held until `close`.
         board: writable shared buffer with the seats of the version's workers. Held until `close`.
     """
-
-    cdef _Control control
-    cdef _Board board
-    cdef Mirror *mirror
 
     def __cinit__(self, control, Py_ssize_t slot_count, Py_ssize_t dims_per_slot, board):
         self.mirror = NULL
@@ -271,7 +235,7 @@ cdef class Producer:
         gw_store64(&self.control.slot(slot).word, GW_WORD(phase, 0, rows, m.generation))
 
     def open(self, Py_ssize_t slot, unsigned rows, uint64_t oldest_ns, uint64_t shape_id,
-             uint64_t capacity, dims=()):
+             uint64_t capacity, dims=(), uint64_t due_ns=0):
         """FREE to OPEN with its first rows, whose bytes the caller has written.
 
         Args:
@@ -281,6 +245,7 @@ cdef class Producer:
             shape_id: equal ids promise equal dims and capacity.
             capacity: rows of this shape that fit the slot.
             dims: at most dims_per_slot ints, read by a worker that meets shape_id first.
+            due_ns: monotonic time by which the rows are wanted, 0: no such time.
         """
         self.require(slot, GW_FREE, "open")
         if not 1 <= rows <= capacity <= 0xFFFF:
@@ -295,21 +260,25 @@ cdef class Producer:
         gw_poke64(&record.shape_id, shape_id)
         gw_poke64(&record.capacity, capacity)
         gw_poke64(&record.complete, 0)
+        gw_poke64(&record.due_ns, due_ns)
         self.mirror[slot].capacity = capacity
         self.publish(slot, GW_OPEN, rows)
 
-    def append(self, Py_ssize_t slot, unsigned rows):
+    cpdef bint append(self, Py_ssize_t slot, unsigned rows, uint64_t due_ns=0) except -1:
         """Add rows, whose bytes the caller has written behind the present ones, to an OPEN slot.
 
         Returns True when they joined, False when a worker had sealed the slot: the rows are then not
-        part of it and belong into the next.
+        part of it and belong into the next. `due_ns` is as in `open`; the slot keeps the earliest.
         """
         self.require(slot, GW_OPEN, "append to")
         cdef Mirror *m = &self.mirror[slot]
         if rows < 1 or rows > m.capacity - m.rows:
             raise ValueError(f"{rows} rows do not fit behind {m.rows}")
+        cdef gw_slot *record = self.control.slot(slot)
         cdef uint64_t desired = GW_WORD(GW_OPEN, 0, m.rows + rows, m.generation)
-        if gw_cas64(&self.control.slot(slot).word, self.expected(slot), desired):
+        if due_ns != 0 and due_ns - 1 < gw_peek64(&record.due_ns) - 1:  # 0 is later than all
+            gw_poke64(&record.due_ns, due_ns)
+        if gw_cas64(&record.word, self.expected(slot), desired):
             m.rows += rows
             return True
         return False
@@ -367,7 +336,7 @@ cdef class Producer:
             raise ValueError(f"cannot free slot {slot} in phase {phase}")
         self.publish(slot, GW_FREE, 0)
 
-    def phase(self, Py_ssize_t slot):
+    cpdef unsigned phase(self, Py_ssize_t slot) except? 99:
         """The slot's phase, CORRUPT where its shared word contradicts the mirror."""
         self.control.check(slot)
         cdef Mirror *m = &self.mirror[slot]
@@ -432,17 +401,62 @@ cdef class Producer:
                 return False
         return True
 
-    def wake(self):
+    cpdef bint wake(self) except -1:
         """Wake one waiting worker, if one waits; call after rows became sealable."""
         self.control.check(0)
         gw_fence()
         return bool(self.board.wake_one(-1))
+
+    def best_rows(self):
+        """Rows at which a slot is better closed, by what all its workers have learned; 0: unknown."""
+        cdef uint32_t rows, most = 0
+        cdef Py_ssize_t i
+        self.control.check(0)
+        for i in range(self.board.count):
+            if self.board.seats[i].incarnation == 0:
+                continue
+            rows = gw_load32(&self.board.seats[i].best_rows)
+            if rows == 0:
+                return 0
+            most = max(most, rows)
+        return most
 
     def wake_all(self):
         """Wake every waiting worker: after a death, which may have swallowed a wake-up."""
         self.control.check(0)
         gw_fence()
         self.board.wake_all()
+
+
+cdef struct Found:
+    gw_slot *record
+    Py_ssize_t slot
+    uint64_t word
+    uint64_t oldest_ns
+    int rank  # 2: RETRY, 1: complete, 0: more may join
+
+
+cdef bint look(_Control lane, Found *found) noexcept:
+    """Whether `found.slot` can be sealed; fills in the rest."""
+    cdef gw_slot *record = lane.slot(found.slot)
+    cdef uint64_t word = gw_load64(&record.word)
+    if GW_PHASE(word) == GW_RETRY:
+        found.rank = 2
+    elif GW_PHASE(word) == GW_OPEN:
+        found.rank = (GW_ROWS(word) >= gw_peek64(&record.capacity)
+                      or gw_load64(&record.complete) != 0)
+    else:
+        return False
+    found.record = record
+    found.word = word
+    found.oldest_ns = gw_peek64(&record.oldest_ns)
+    return True
+
+
+cdef tuple offered(key, Found *found):
+    cdef gw_slot *record = found.record
+    return (key, found.slot, found.word, GW_ROWS(found.word), gw_peek64(&record.capacity),
+            found.oldest_ns, gw_peek64(&record.shape_id), found.rank > 0, gw_peek64(&record.due_ns))
 
 
 cdef class Consumer:
@@ -476,6 +490,7 @@ cdef class Consumer:
         self.bells = {}
         gw_poke64(&self.seat.batches, 0)
         gw_poke64(&self.seat.busy_since_ns, 0)
+        gw_store32(&self.seat.best_rows, 0)
         self.seat.incarnation = incarnation
         gw_store32(&self.seat.state, GW_RUNNING)
 
@@ -498,59 +513,101 @@ cdef class Consumer:
     def best(self):
         """The slot to run next: RETRY first, then complete ones, then the one with the oldest row.
 
-        Returns (key, slot, word, rows, capacity, oldest_ns, shape_id, is_complete) or None; a slot is
-        complete when it is full, marked so, or a RETRY. Only `seal` with that word says whether it is
-        still so.
+        Returns (key, slot, word, rows, capacity, oldest_ns, shape_id, is_complete, due_ns) or None; a
+        slot is complete when it is full, marked so, or a RETRY. Only `seal` with that word says whether
+        it is still so.
         """
+        cdef Found found
+        key = self.find(&found)
+        return None if found.record is NULL else offered(key, &found)
+
+    def offers(self):
+        """Every slot that could be run, as `best` gives them and in the order of its preference."""
+        cdef Found found
         cdef _Control lane
-        cdef gw_slot *record
-        cdef Py_ssize_t i, slot
-        cdef uint64_t bits, word, oldest
-        cdef uint64_t best_word = 0, best_oldest = 0
-        cdef Py_ssize_t best_slot = -1
-        cdef int rank, best_rank = -1
-        best_key = best_lane = None
+        cdef Py_ssize_t i
+        cdef uint64_t bits
+        cdef list ranked = []
         for key, lane_ in self.lanes.items():
             lane = <_Control>lane_
             for i in range((lane.slot_count + 63) >> 6):
                 bits = gw_load64(&lane.lane.open_bits[i])
                 while bits:
-                    slot = (i << 6) + gw_first_bit(bits)
+                    found.slot = (i << 6) + gw_first_bit(bits)
                     bits &= bits - 1
-                    if slot >= lane.slot_count:
+                    if found.slot >= lane.slot_count:
                         break
-                    record = lane.slot(slot)
-                    word = gw_load64(&record.word)
-                    if GW_PHASE(word) == GW_RETRY:
-                        rank = 2
-                    elif GW_PHASE(word) == GW_OPEN:
-                        rank = (GW_ROWS(word) >= gw_peek64(&record.capacity)
-                                or gw_load64(&record.complete) != 0)
-                    else:
-                        continue
-                    oldest = gw_peek64(&record.oldest_ns)
-                    if rank > best_rank or (rank == best_rank and oldest < best_oldest):
-                        best_slot, best_word, best_oldest, best_rank = slot, word, oldest, rank
-                        best_key, best_lane = key, lane
-        if best_slot < 0:
-            return None
-        record = (<_Control>best_lane).slot(best_slot)
-        return (best_key, best_slot, best_word, GW_ROWS(best_word), gw_peek64(&record.capacity),
-                best_oldest, gw_peek64(&record.shape_id), best_rank > 0)
+                    if look(lane, &found):
+                        ranked.append((-found.rank, found.oldest_ns, len(ranked),
+                                       offered(key, &found)))
+        ranked.sort()
+        return [entry[3] for entry in ranked]
+
+    def take(self, uint64_t now_ns, bint may_hold):
+        """Seal the best slot, unless it is one that is worth a thought whether to hold it back.
+
+        That is one to which more may be added and that has a due time, or any such where `may_hold`. A
+        slot that has changed since the look is looked for again. Wakes another worker where there is
+        more (`pass_on`).
+
+        Returns what `best` does, and beside it whether it is sealed; None where there is no slot.
+        """
+        cdef Found found
+        cdef _Control lane
+        while True:
+            key = self.find(&found)
+            if found.record is NULL:
+                return None
+            if found.rank == 0 and (may_hold or gw_peek64(&found.record.due_ns) != 0):
+                return offered(key, &found), False
+            lane = <_Control>self.lanes[key]
+            if self.take_word(lane, found.slot, found.word, now_ns):
+                self.pass_on()
+                return offered(key, &found), True
+
+    cdef object find(self, Found *best):
+        """The key of the best slot's lane; `best.record` is NULL where there is none."""
+        cdef _Control lane
+        cdef Found found
+        cdef Py_ssize_t i
+        cdef uint64_t bits
+        best.record = NULL
+        best_key = None
+        for key, lane_ in self.lanes.items():
+            lane = <_Control>lane_
+            for i in range((lane.slot_count + 63) >> 6):
+                bits = gw_load64(&lane.lane.open_bits[i])
+                while bits:
+                    found.slot = (i << 6) + gw_first_bit(bits)
+                    bits &= bits - 1
+                    if found.slot >= lane.slot_count:
+                        break
+                    if look(lane, &found) and (
+                            best.record is NULL or found.rank > best.rank
+                            or (found.rank == best.rank and found.oldest_ns < best.oldest_ns)):
+                        best[0] = found
+                        best_key = key
+        return best_key
 
     def seal(self, key, Py_ssize_t slot, uint64_t word, uint64_t now_ns):
         """Take the slot as `best` saw it; False when it has changed since.
 
-        True means that the rows' bytes are this worker's to read, until `publish`.
+        True means that the rows' bytes are this worker's to read, until `publish`. It may hold other
+        slots already: it is busy since the first of them.
         """
         cdef _Control lane = self.lanes[key]
         lane.check(slot)
-        cdef uint64_t sealed = GW_WORD(GW_SEALED, self.incarnation, GW_ROWS(word), GW_GENERATION(word))
         if GW_PHASE(word) != GW_OPEN and GW_PHASE(word) != GW_RETRY:
             raise ValueError("only an OPEN or RETRY slot is sealed")
-        gw_poke64(&self.seat.busy_since_ns, now_ns)
+        return self.take_word(lane, slot, word, now_ns)
+
+    cdef bint take_word(self, _Control lane, Py_ssize_t slot, uint64_t word, uint64_t now_ns) noexcept:
+        cdef uint64_t busy_since_ns = gw_peek64(&self.seat.busy_since_ns)
+        cdef uint64_t sealed = GW_WORD(GW_SEALED, self.incarnation, GW_ROWS(word), GW_GENERATION(word))
+        if busy_since_ns == 0:
+            gw_poke64(&self.seat.busy_since_ns, now_ns)
         if not gw_cas64(&lane.slot(slot).word, word, sealed):
-            gw_poke64(&self.seat.busy_since_ns, 0)
+            gw_poke64(&self.seat.busy_since_ns, busy_since_ns)
             return False
         gw_clear_bits64(&lane.lane.open_bits[slot >> 6], <uint64_t>1 << (slot & 63))
         return True
@@ -563,7 +620,7 @@ cdef class Consumer:
         return tuple([lane.dims(slot)[i] for i in range(lane.dims_per_slot)])
 
     def publish(self, key, Py_ssize_t slot, uint64_t word, bint ok, uint64_t started_ns,
-                uint64_t finished_ns):
+                uint64_t finished_ns, bint is_last=True):
         """SEALED to DONE (or FAILED), report it and ring the bell if the front end sleeps.
 
         Args:
@@ -573,6 +630,8 @@ cdef class Consumer:
             ok: whether the outputs were written; otherwise an error text was.
             started_ns: monotonic begin of the run.
             finished_ns: monotonic end of the run.
+            is_last: of the slots that were run together: with it the worker is no longer busy, and
+                the run counts.
 
         Returns False when the slot is no longer this worker's.
         """
@@ -583,7 +642,8 @@ cdef class Consumer:
         cdef uint32_t generation = GW_GENERATION(word)
         gw_poke64(&record.started_ns, started_ns)
         gw_poke64(&record.finished_ns, finished_ns)
-        gw_poke64(&self.seat.batches, gw_peek64(&self.seat.batches) + 1)
+        if is_last:
+            gw_poke64(&self.seat.batches, gw_peek64(&self.seat.batches) + 1)
         cdef bint published = gw_cas64(
             &record.word,
             GW_WORD(GW_SEALED, self.incarnation, rows, generation),
@@ -593,18 +653,38 @@ cdef class Consumer:
             gw_fence()
             if gw_load32(&lane.lane.armed) and gw_swap32(&lane.lane.armed, 0):
                 gw_ring_bell(self.bells[key])
-        gw_poke64(&self.seat.busy_since_ns, 0)
+        if is_last:
+            gw_poke64(&self.seat.busy_since_ns, 0)
         return published
+
+    def stay_busy(self, uint64_t since_ns):
+        """After `publish` with `is_last`, where slots of another batch are held: busy since then."""
+        gw_poke64(&self.seat.busy_since_ns, since_ns)
 
     def pass_on(self):
         """Wake another waiting worker if there is another slot to run.
 
         A front end wakes one worker per append; the one it woke may have found older work first.
         """
-        if self.board.count > 1 and self.best() is not None:
-            gw_fence()
-            return bool(self.board.wake_one(self.index))
+        cdef Found found
+        if self.board.count > 1:
+            self.find(&found)
+            if found.record is not NULL:
+                gw_fence()
+                return bool(self.board.wake_one(self.index))
         return False
+
+    def others_wait(self):
+        """Whether another worker has nothing to do."""
+        cdef Py_ssize_t i
+        for i in range(self.board.count):
+            if i != self.index and gw_load32(&self.board.seats[i].state) == GW_WAITING:
+                return True
+        return False
+
+    def recommend(self, uint32_t rows):
+        """Tell front ends at how many rows a batch is at its best; 0: unknown."""
+        gw_store32(&self.seat.best_rows, rows)
 
     def announce(self):
         """Say that this worker is about to wait. Then look again (`best`, mail), then `sleep` or

@@ -5,7 +5,7 @@
 #include <stdint.h>
 
 #define GW_MAGIC 0x474e5247u /* "GRNG" */
-#define GW_LAYOUT 2u
+#define GW_LAYOUT 3u
 #define GW_MAX_SLOTS 512
 #define GW_BITMAP_WORDS (GW_MAX_SLOTS / 64)
 #define GW_LINE 64
@@ -40,7 +40,8 @@ typedef struct {
     uint64_t shape_id;   /* same id, same dims: the worker's cache key */
     uint64_t capacity;   /* rows this shape may fill; also the stride of the inputs' offsets */
     uint64_t complete;   /* nothing will be appended any more: not worth holding back */
-    uint8_t pad0[GW_LINE - 40];
+    uint64_t due_ns;     /* earliest deadline of its rows, 0: none (a hint) */
+    uint8_t pad0[GW_LINE - 48];
     uint64_t started_ns, finished_ns;
     uint8_t pad1[GW_LINE - 16];
 } gw_slot;
@@ -52,6 +53,7 @@ typedef struct {
     uint32_t incarnation;
     uint64_t batches;       /* completed, since the incarnation began */
     uint64_t busy_since_ns; /* 0 while it holds no sealed slot */
-    uint8_t pad[GW_LINE - 24];
+    uint32_t best_rows;     /* beyond which a batch gains nothing, 0: unknown (a hint) */
+    uint8_t pad[GW_LINE - 28];
 } gw_seat;
 #endif

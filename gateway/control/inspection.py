@@ -149,7 +149,7 @@ class _LoadFailed(Exception):
 def _ask_worker(tried: Load, plan: LoadPlan, server: ServerSettings) -> Message:
     """The message ``loaded`` of a worker that is no more when this returns. _LoadFailed without it."""
     # Here and not above: where the kernels do not load, everything else can still be looked at.
-    from gateway._kernels import ring
+    from gateway.telemetry.ledger import board_bytes
 
     deadline_ns = monotonic_ns() + round(server.load_timeout_s * NS_PER_S)
     name = f"{tried.entry.name}/{tried.version}#doctor"
@@ -167,7 +167,7 @@ def _ask_worker(tried: Load, plan: LoadPlan, server: ServerSettings) -> Message:
                 )
             stack.callback(process.wait)
             stack.callback(process.kill)
-            board = memory.create("board", ring.board_bytes(1))
+            board = memory.create("board", board_bytes(1, 1))
             stack.callback(os.close, board)
             ours.send(
                 "load",

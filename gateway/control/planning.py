@@ -88,6 +88,7 @@ def _execution(settings: ModelSettings, server: ServerSettings, instance: Instan
         cpu_arena=options.cpu_arena,
         config=tuple(options.config.items()),
         cache_folder=os.fspath(cache.absolute()) if settings.cache_optimized else None,
+        cuda_graphs=instance.cuda_graphs,
     )
 
 

@@ -31,7 +31,6 @@ class Seat:
     child: Child | None = None
     incarnation: int = 0
     is_loaded: bool = False
-    starts: int = 0
     timed_out: bool = False
     deaths: int = 0  # since the version completed a batch
     misses: int = 0  # in a row, when its model file could not be opened

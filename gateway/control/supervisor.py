@@ -1,7 +1,7 @@
 """The supervisor: what is served, by which processes, and what happens when one ends.
 
 It is on no request's path. Front ends and workers talk to each other over shared memory and channels of
-their own; the supervisor makes those pairs, tells the front end what is ready, and starts anew what died.
+their own; the supervisor makes those pairs, tells front ends what is ready, and starts anew what died.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 
 from gateway.clock import NS_PER_MS
+from gateway.control.frontend import Frontend, FrontendObserver
+from gateway.control.holders import Outstanding
 from gateway.control.models import MAX_MODELS, ModelControl, ModelSupervision
 from gateway.control.planning import MemoryBudget
 from gateway.control.process import Child
 from gateway.control.repository import ModelEntry
-from gateway.control.seat import BACKOFF_S, Seat, describe_exit
-from gateway.control.version import SPAWN_AGAIN_S, VersionObserver, VersionSupervision
+from gateway.control.seat import Seat
+from gateway.control.version import VersionObserver, VersionSupervision
 from gateway.errors import ConfigurationError, GatewayError, LoadError, Unavailable
 from gateway.serving.channel import Channel, Message, MessageTooLarge
-from gateway.serving.options import FrontendOptions
 from gateway.serving.routes import VersionState
 from gateway.settings import Latest, ServerSettings, Specific
 
@@ -33,6 +35,9 @@ WATCH_INTERVAL_S = 1.0
 KILL_MARGIN_S = 5.0
 """What children get beyond drain_timeout_s before they are killed."""
 
+SYNC_S = 2.0
+"""What front ends get to read what they were told of an operation, before its end is reported."""
+
 MAX_ERROR = 4000
 """Characters of an error that a client is told of an operation; bounds the message."""
 
@@ -43,25 +48,32 @@ class Supervisor:
     Args:
         settings: the server's.
         models: what to serve from the start.
-        data: bound socket of the data port.
-        metrics: bound socket of the metrics port.
+        data: listening sockets of the data port, one for each front end.
+        metrics: listening socket of the metrics port, which they share.
     """
 
     def __init__(
         self,
         settings: ServerSettings,
         models: Iterable[ModelEntry],
-        data: socket.socket,
+        data: Sequence[socket.socket],
         metrics: socket.socket,
     ) -> None:
         self._settings = settings
         self._entries = list(models)
-        self._sockets = (data, metrics)
-        self._frontend: Child | None = None
-        self._frontend_deaths = 0
-        self._has_served = False  # a front end has come up once
+        self._sockets = (*data, metrics)
+        watch = FrontendObserver(
+            on_up=self._on_frontend_up,
+            on_message=self._on_frontend_message,
+            on_gone=self._on_frontend_gone,
+            on_failed=self._fail_start,
+        )
+        self._frontends = [
+            Frontend(index, settings, sock, metrics, watch) for index, sock in enumerate(data)
+        ]
         self._told_routes: dict[str, int] = {}
         self._observer = VersionObserver(
+            frontends=lambda: (frontend.index for frontend in self._live_frontends()),
             on_state=self._on_state,
             on_worker=self._on_worker,
             on_worker_exit=self._on_worker_exit,
@@ -73,6 +85,8 @@ class Supervisor:
         self._budget = MemoryBudget(settings.memory_bytes)
         self._control = ModelControl(settings, self._models, self._budget, self._observer)
         self._operations: set[asyncio.Task[None]] = set()
+        self._syncs: dict[int, Outstanding] = {}
+        self._sync_numbers = count(1)
         self._stopping = False
         self._stopped = asyncio.Event()
         self._started = asyncio.Event()
@@ -83,7 +97,7 @@ class Supervisor:
 
         Raises:
             LoadError: a version cannot be loaded at start and ``exit_on_error`` is set.
-            GatewayError: the front end cannot be started.
+            GatewayError: a front end cannot be started.
         """
         if len(self._entries) > MAX_MODELS:
             raise ConfigurationError(
@@ -97,7 +111,8 @@ class Supervisor:
             model.prepare(entry)
             if model.versions:
                 self._models[entry.name] = model
-        self._start_frontend()
+        for frontend in self._frontends:
+            frontend.start()
         for version in self._versions():
             version.start()
         watch = loop.create_task(self._watch())
@@ -117,89 +132,69 @@ class Supervisor:
         for model in self._models.values():
             yield from model.versions.values()
 
-    # The front end
+    # Front ends
 
-    def _start_frontend(self) -> None:
-        if self._stopping:
-            return
-        settings = self._settings
-        options = FrontendOptions(
-            **{name: getattr(settings, name) for name in FrontendOptions.__dataclass_fields__}
-        )
-        try:
-            frontend = Child(
-                "gateway.frontend.server", [], self._on_frontend_message, self._on_frontend_exit
-            )
-        except OSError as error:
-            log.error("cannot start a front end: %s; trying again", error)
-            asyncio.get_running_loop().call_later(SPAWN_AGAIN_S, self._start_frontend)
-            return
-        frontend.send(
-            "configure", [sock.fileno() for sock in self._sockets], options=options.to_wire()
-        )
-        self._frontend = frontend
+    def _live_frontends(self) -> Iterator[Frontend]:
+        return (frontend for frontend in self._frontends if frontend.process is not None)
+
+    def _on_frontend_up(self, frontend: Frontend) -> None:
         for version in self._versions():
-            self._tell_version(version)
-        self._send_routes()
+            self._tell_version(frontend, version)
+        self._send_routes([frontend])
 
-    def _on_frontend_message(self, message: Message) -> None:
-        if message["op"] == "serving":
-            self._frontend_deaths = 0
-            self._has_served = True
-            self._check_started()
-            return
-        if message["op"] == "operation":
-            self._begin_operation(message)
-            return
+    def _on_frontend_message(self, frontend: Frontend, message: Message) -> None:
+        match message["op"]:
+            case "serving":
+                self._check_started()
+            case "operation":
+                self._begin_operation(frontend.process, message)
+            case "synced":
+                if sync := self._syncs.get(message["number"]):
+                    sync.settle(frontend.index)
+            case _:
+                self._on_version_message(frontend, message)
+
+    def _on_version_message(self, frontend: Frontend, message: Message) -> None:
         model = self._models.get(message["model"])
         version = model.versions.get(message["version"]) if model is not None else None
         if version is None:
             return  # it was unloaded meanwhile, and forgotten
         match message["op"]:
             case "reclaimed":
-                version.reclaimed(message["incarnation"])
+                version.reclaimed(message["incarnation"], frontend.index)
             case "convicted":
                 version.convicted()
             case "drained":
-                version.drained()
+                version.drained(frontend.index)
             case "again" if "instance" in message:
-                self._on_worker(version, version.seats[message["instance"]])
+                self._introduce(frontend, version, version.seats[message["instance"]])
             case "again":
-                self._tell_version(version)
+                self._tell_version(frontend, version)
 
-    def _on_frontend_exit(self, status: int) -> None:
-        self._frontend = None
+    def _on_frontend_gone(self, frontend: Frontend) -> None:
         for version in self._versions():
-            version.frontend_gone()
-        if self._stopping:
+            version.frontend_gone(frontend.index)
+        for sync in self._syncs.values():
+            sync.settle(frontend.index)
+        if self._stopping and not any(self._live_frontends()):
             self._stop_workers()
-            return
-        if not self._has_served:
-            self._fail_start(GatewayError(f"the front end {describe_exit(status)} at its start"))
-            return
-        pause_s = BACKOFF_S[min(self._frontend_deaths, len(BACKOFF_S) - 1)]
-        self._frontend_deaths += 1
-        log.error("the front end %s; starting another", describe_exit(status))
-        asyncio.get_running_loop().call_later(pause_s, self._start_frontend)
 
-    def _tell(self, op: str, fds: tuple[int, ...] = (), **fields: object) -> None:
-        if self._frontend is not None:
-            self._frontend.send(op, fds, **fields)
-
-    def _tell_version(self, version: VersionSupervision) -> None:
-        self._tell_state(version)
+    def _tell_version(self, frontend: Frontend, version: VersionSupervision) -> None:
+        """All that there is to know about a version."""
+        self._tell_state(version, [frontend])
         for seat in version.ready_seats():
-            self._on_worker(version, seat)
+            self._introduce(frontend, version, seat)
 
-    def _tell_state(self, version: VersionSupervision) -> None:
+    def _tell_state(self, version: VersionSupervision, frontends: Iterable[Frontend]) -> None:
         fields: dict[str, object] = {}
         fds: tuple[int, ...] = ()
+        if version.state not in (VersionState.UNLOADING, VersionState.UNLOADED):
+            fds = (version.board_fd,)  # front ends count on it what they refuse, too
+            fields["seats"] = len(version.seats)
         if version.state is VersionState.READY:
             settings = version.settings
-            fds = (version.board_fd,)
-            fields = {
+            fields |= {
                 "signature": version.signature,
-                "seats": len(version.seats),
                 "max_queue_size": settings.queue.max_size,
                 "queue_timeout_ns": settings.queue.timeout_ms * NS_PER_MS,
                 "priority_levels": settings.queue.priority_levels,
@@ -211,15 +206,17 @@ class Supervisor:
                 },
             }
         try:
-            self._tell(
-                "version",
-                fds,
-                model=version.model,
-                version=version.number,
-                state=version.state.value,
-                reason=version.reason,
-                **fields,
-            )
+            for frontend in frontends:
+                frontend.tell(
+                    "version",
+                    fds,
+                    frontend=frontend.index,
+                    model=version.model,
+                    version=version.number,
+                    state=version.state.value,
+                    reason=version.reason,
+                    **fields,
+                )
         except MessageTooLarge as error:
             version.fail(f"its signature and settings are too long: {error}")
 
@@ -229,25 +226,28 @@ class Supervisor:
         routes = {name: number for name, number in routed if number is not None}
         if routes != self._told_routes:
             self._told_routes = routes
-            self._send_routes()
+            self._send_routes(self._frontends)
 
-    def _send_routes(self) -> None:
-        self._tell("routes", routes=self._told_routes, is_started=self._started.is_set())
+    def _send_routes(self, frontends: Iterable[Frontend]) -> None:
+        is_started = self._started.is_set()
+        for frontend in frontends:
+            frontend.tell("routes", routes=self._told_routes, is_started=is_started)
 
     # Operations
 
-    def _begin_operation(self, message: Message) -> None:
-        operation = asyncio.get_running_loop().create_task(self._operate(self._frontend, message))
+    def _begin_operation(self, asker: Child | None, message: Message) -> None:
+        operation = asyncio.get_running_loop().create_task(self._operate(asker, message))
         self._operations.add(operation)
         operation.add_done_callback(self._operations.discard)
 
-    async def _operate(self, frontend: Child | None, message: Message) -> None:
+    async def _operate(self, asker: Child | None, message: Message) -> None:
         """Load or unload a model for a client, and tell the front end that asked what came of it."""
         error: GatewayError | None = None
         try:
             if not self._started.is_set() or self._stopping:
                 raise Unavailable("the server is starting or shutting down")
             await self._control.perform(message["action"], message["model"])
+            await self._sync()
         except GatewayError as refused:
             error = refused
         except asyncio.CancelledError:
@@ -255,17 +255,29 @@ class Supervisor:
         except Exception:
             log.exception("an operation on a model failed")
             error = GatewayError("internal error")
-        if frontend is self._frontend:  # another one would take the number for one of its own
+        if asker is not None and asker.is_alive:  # its successor would take the number for its own
             code, text = (error.code, error.message) if error is not None else ("", "")
-            self._tell("operated", number=message["number"], code=code, error=text[:MAX_ERROR])
+            asker.send("operated", number=message["number"], code=code, error=text[:MAX_ERROR])
+
+    async def _sync(self) -> None:
+        """Until all front ends have done what they were told so far: then every connection agrees."""
+        number = next(self._sync_numbers)
+        sync = self._syncs[number] = Outstanding(each.index for each in self._live_frontends())
+        try:
+            for frontend in self._frontends:
+                frontend.tell("sync", number=number)
+            async with asyncio.timeout(SYNC_S):
+                await sync.wait()
+        except TimeoutError:
+            log.warning("a front end does not react")
+        finally:
+            del self._syncs[number]
 
     # Versions and workers
 
     def _on_state(self, version: VersionSupervision) -> None:
-        self._tell_state(version)
+        self._tell_state(version, self._frontends)
         self._tell_routes()
-        if self._frontend is None:
-            version.drained()
         if version.state is VersionState.FAILED:
             text = f"model '{version.model}' version {version.number} cannot be served: "
             log.error("%s%s", text, version.detail)
@@ -274,21 +286,24 @@ class Supervisor:
         self._check_started()
 
     def _on_worker(self, version: VersionSupervision, seat: Seat) -> None:
-        """A worker is ready: connect it and the front end."""
-        if self._frontend is None or seat.child is None or not seat.is_loaded:
+        for frontend in self._live_frontends():
+            self._introduce(frontend, version, seat)
+
+    def _introduce(self, frontend: Frontend, version: VersionSupervision, seat: Seat) -> None:
+        """Connect a worker that is ready and a front end."""
+        if seat.child is None or not seat.is_loaded:
             return
         if version.state is VersionState.FAILED:
             return  # nobody could be told what it takes
         ours, theirs = Channel.pair()
         seat.child.send("frontend", (theirs.fileno(),))
-        self._tell(
+        frontend.tell(
             "worker_up",
             (seat.child.pidfd, ours.fileno()),
             model=version.model,
             version=version.number,
             instance=seat.index,
             incarnation=seat.incarnation,
-            restarted=seat.starts > 1,
         )
         ours.close()
         theirs.close()
@@ -296,28 +311,28 @@ class Supervisor:
     def _on_worker_exit(
         self, version: VersionSupervision, seat: Seat, incarnation: int, signal_number: int
     ) -> None:
-        if self._frontend is None or version.is_drained:
-            version.reclaimed(incarnation)
-            return
-        self._tell(
-            "worker_exited",
-            model=version.model,
-            version=version.number,
-            instance=seat.index,
-            incarnation=incarnation,
-            signal=signal_number,
-            timed_out=seat.timed_out,
-        )
+        for frontend in self._frontends:
+            frontend.tell(
+                "worker_exited",
+                model=version.model,
+                version=version.number,
+                instance=seat.index,
+                incarnation=incarnation,
+                signal=signal_number,
+                timed_out=seat.timed_out,
+            )
 
     def _check_started(self) -> None:
         """Say once that the server is ready, and where."""
-        if self._started.is_set() or self._stopping or not self._has_served:
+        if self._started.is_set() or self._stopping:
+            return
+        if not all(frontend.has_served for frontend in self._frontends):
             return
         if any(version.is_loading for version in self._versions()):
             return
         self._started.set()
-        self._send_routes()
-        data, metrics = (_address(sock) for sock in self._sockets)
+        self._send_routes(self._frontends)
+        data, metrics = _address(self._sockets[0]), _address(self._sockets[-1])
         ready = sum(v.state is VersionState.READY for v in self._versions())
         log.info("serving %d model versions on %s, metrics on %s/metrics", ready, data, metrics)
 
@@ -334,12 +349,12 @@ class Supervisor:
             operation.cancel()
         deadline_s = self._settings.drain_pause_s + self._settings.drain_timeout_s + KILL_MARGIN_S
         asyncio.get_running_loop().call_later(deadline_s, self._kill)
-        if self._frontend is not None:
-            self._tell("drain")
-        else:
+        for frontend in self._frontends:
+            frontend.drain()
+        if not any(self._live_frontends()):
             self._stop_workers()
         for sock in self._sockets:
-            sock.close()  # once the front end closes its own, new connections are refused
+            sock.close()  # once the front ends close their own, new connections are refused
 
     def _fail_start(self, error: GatewayError) -> None:
         """The start has failed: there is nothing to drain."""
@@ -354,8 +369,8 @@ class Supervisor:
         self._check_stopped()
 
     def _kill(self) -> None:
-        if self._frontend is not None:
-            self._frontend.kill()
+        for frontend in self._frontends:
+            frontend.kill()
         for version in self._versions():
             version.kill()
         self._check_stopped()
@@ -364,11 +379,12 @@ class Supervisor:
         self._check_stopped()
 
     def _on_forgotten(self, version: VersionSupervision) -> None:
-        self._tell("forget", model=version.model, version=version.number)
+        for frontend in self._frontends:
+            frontend.tell("forget", model=version.model, version=version.number)
 
     def _check_stopped(self) -> None:
         workers_gone = all(version.is_stopped for version in self._versions())
-        if self._stopping and self._frontend is None and workers_gone:
+        if self._stopping and workers_gone and not any(self._live_frontends()):
             self._stopped.set()
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from mmap import mmap
+from typing import Any
 
 from gateway._kernels import ring
 from gateway.clock import NS_PER_MS, monotonic_ns
+from gateway.control.holders import Holders
 from gateway.control.modelfile import CHANGED, ModelFile
 from gateway.control.planning import Key, MemoryBudget, load_plan, worker_options
 from gateway.control.process import Child
@@ -24,6 +26,7 @@ from gateway.serving.channel import Message, MessageTooLarge
 from gateway.serving.plan import Understanding, no_memory
 from gateway.serving.routes import VersionState
 from gateway.settings import ModelSettings, ServerSettings
+from gateway.telemetry.ledger import board_bytes
 
 log = logging.getLogger("gateway.supervisor")
 
@@ -71,15 +74,13 @@ class VersionSupervision:
         self._loop = asyncio.get_running_loop()
         instances = [spec for spec in settings.instances for _ in range(spec.count)]
         self.seats = [Seat(i, spec) for i, spec in enumerate(instances)]
-        board_bytes = ring.board_bytes(len(self.seats))
-        self.board_fd = memory.create("board", board_bytes)
-        self._board: mmap = memory.map_writable(self.board_fd, board_bytes)
-        self._unreclaimed: set[int] = set()
-        self._last_incarnation = 0
+        seats = len(self.seats)
+        self.board_fd = memory.create("board", board_bytes(server.frontends, seats))
+        self._board: mmap = memory.map_writable(self.board_fd, ring.board_bytes(seats))
+        self._holders = Holders()
         self._completed = 0  # batches of workers that are gone
         self._stopping = False  # no worker is started any more
         self._loaded = asyncio.Event()
-        self._drained = asyncio.Event()
         self._exited = asyncio.Event()
 
     def start(self) -> None:
@@ -91,19 +92,17 @@ class VersionSupervision:
         """Seats whose worker has loaded and lives."""
         return [seat for seat in self.seats if seat.is_loaded and seat.child is not None]
 
-    def reclaimed(self, incarnation: int) -> None:
-        """The front end holds nothing of this worker any more: its number may be used again."""
-        self._unreclaimed.discard(incarnation)
+    def reclaimed(self, incarnation: int, frontend: int) -> None:
+        """A front end holds nothing of this worker any more."""
+        self._holders.reclaimed(incarnation, frontend)
 
-    def frontend_gone(self) -> None:
-        """With it went its lanes: only numbers of live workers are in use, and nothing is in flight."""
-        self._unreclaimed = {seat.incarnation for seat in self.seats if seat.child is not None}
-        self.drained()
+    def drained(self, frontend: int) -> None:
+        """Where it is UNLOADING: a front end holds no request, lane or worker of it any more."""
+        self._holders.drained(frontend)
 
-    def drained(self) -> None:
-        """Where it is UNLOADING: the front end holds no request, lane or worker of it any more."""
-        if self.state is VersionState.UNLOADING:
-            self._drained.set()
+    def frontend_gone(self, frontend: int) -> None:
+        """With a front end went its lanes, and what was in flight there."""
+        self._holders.frontend_gone(frontend)
 
     def convicted(self) -> None:
         """The recent deaths were the doing of a request."""
@@ -146,9 +145,9 @@ class VersionSupervision:
         """
         self.reason = self.detail = ""
         self._move(VersionState.UNLOADING)
-        await _wait(self._drained, self._server.drain_timeout_s + GRACE_S)
+        await _wait(self._holders.wait_drained(), self._server.drain_timeout_s + GRACE_S)
         self.stop()
-        await _wait(self._exited, GRACE_S)
+        await _wait(self._exited.wait(), GRACE_S)
         self.kill()
         await self._exited.wait()
         self._board.close()
@@ -179,11 +178,6 @@ class VersionSupervision:
         return self.state in (VersionState.LOADING, VersionState.WARMING)
 
     @property
-    def is_drained(self) -> bool:
-        """Whether it ends, and the front end has let go of it."""
-        return self._drained.is_set()
-
-    @property
     def is_stopped(self) -> bool:
         """Whether no process is left."""
         return all(seat.child is None for seat in self.seats)
@@ -204,7 +198,7 @@ class VersionSupervision:
             seat.load_timer = self._loop.call_later(
                 self._server.load_timeout_s, self._on_load_timeout, seat
             )
-        seat.incarnation = self._next_incarnation()
+        seat.incarnation = self._holders.next_incarnation()
         seat.is_loaded = seat.timed_out = False
         seat.started_ns = monotonic_ns()
         try:
@@ -216,10 +210,9 @@ class VersionSupervision:
             )
         except OSError as error:
             log.error("cannot start a worker: %s; trying again", error)
-            self.reclaimed(seat.incarnation)
+            self._holders.worker_ended(seat.incarnation, ())
             self._loop.call_later(SPAWN_AGAIN_S, self._spawn, seat)
             return
-        seat.starts += 1
         self._send_load(seat, seat.child, file_bytes)
 
     def _check_file(self, seat: Seat) -> int | None:
@@ -256,13 +249,6 @@ class VersionSupervision:
 
     def _key(self, seat: Seat) -> Key:
         return self.model, self.number, seat.index
-
-    def _next_incarnation(self) -> int:
-        while True:
-            self._last_incarnation = self._last_incarnation % ring.MAX_INCARNATION + 1
-            if self._last_incarnation not in self._unreclaimed:
-                self._unreclaimed.add(self._last_incarnation)
-                return self._last_incarnation
 
     def _on_message(self, seat: Seat, message: Message) -> None:
         match message["op"]:
@@ -329,10 +315,9 @@ class VersionSupervision:
         sat, batches, _busy_since_ns, _waiting = ring.seats(self._board)[seat.index]
         if sat == incarnation:
             self._completed += batches
+        self._holders.worker_ended(incarnation, self._observer.frontends() if was_loaded else ())
         if was_loaded:
             self._observer.on_worker_exit(self, seat, incarnation, -status if status < 0 else 0)
-        else:
-            self.reclaimed(incarnation)
         if self._stopping:
             self._check_exited()
             self._observer.on_stopped(self)
@@ -373,6 +358,8 @@ class VersionSupervision:
         """The one place where the state changes. RuntimeError on an illegal move."""
         check_move(self.state, state)
         self.state = state
+        if state is VersionState.UNLOADING:
+            self._holders.begin_drain(self._observer.frontends())
         if not self.is_loading:
             self._loaded.set()
         self._observer.on_state(self)
@@ -380,8 +367,12 @@ class VersionSupervision:
 
 @dataclass(frozen=True, slots=True)
 class VersionObserver:
-    """What the supervisor wants to hear of a version, and of a model's route."""
+    """What the supervisor wants to hear of a version, and of a model's route.
 
+    ``frontends`` gives the indexes of the front ends that live now, which are told of what ends.
+    """
+
+    frontends: Callable[[], Iterable[int]]
     on_state: Callable[[VersionSupervision], None]
     on_worker: Callable[[VersionSupervision, Seat], None]
     on_worker_exit: Callable[[VersionSupervision, Seat, int, int], None]
@@ -390,6 +381,6 @@ class VersionObserver:
     on_forgotten: Callable[[VersionSupervision], None]
 
 
-async def _wait(event: asyncio.Event, at_most_s: float) -> None:
+async def _wait(ended: Coroutine[Any, Any, object], at_most_s: float) -> None:
     with suppress(TimeoutError):
-        await asyncio.wait_for(event.wait(), at_most_s)
+        await asyncio.wait_for(ended, at_most_s)

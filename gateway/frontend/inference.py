@@ -1,10 +1,8 @@
-"""One inference from handler to batch and back: what all protocols' handlers share."""
+"""One inference of the aiohttp lane, from handler to batch and back."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from typing import TypeVar
 
 from aiohttp import web
 
@@ -12,18 +10,13 @@ from gateway.clock import monotonic_ns
 from gateway.errors import GatewayError
 from gateway.frontend.answers import VERSION
 from gateway.frontend.bodies import read_body
+from gateway.frontend.exchanges import HEADER_LENGTH, Encode, Encoded, Exchange
 from gateway.protocols.call import InferCall, OutputTensor, check_call
 from gateway.serving.request import Timing
 from gateway.serving.routes import Version
-from gateway.tensors import Signature
-
-T = TypeVar("T")
 
 CLIENT_GONE = 499
 """What the metrics call a request whose client went away; nothing is sent."""
-
-Parse = Callable[[bytes, Signature], InferCall]
-Encode = Callable[[InferCall, Signature, list[OutputTensor]], T]
 
 
 class Inference:
@@ -32,14 +25,13 @@ class Inference:
     def __init__(self, max_request_bytes: int) -> None:
         self._max_request_bytes = max_request_bytes
 
-    async def run(self, http: web.Request, version: Version, parse: Parse, encode: Encode[T]) -> T:
-        """Read the body, run it on the version and encode the answer.
+    async def run(self, http: web.Request, version: Version, exchange: Exchange) -> web.Response:
+        """Read the body, run it on the version and make the answer.
 
         Args:
             http: its body has not been read.
             version: marked on the request, so that the answer names it.
-            parse: body to call; raises InvalidRequest.
-            encode: outputs to answer. Called with views of shared memory, valid only meanwhile.
+            exchange: the protocol.
 
         Raises:
             GatewayError: whatever went wrong, with its status.
@@ -50,9 +42,9 @@ class Inference:
             signature = version.begin_request()
             try:
                 body = await read_body(http, self._max_request_bytes)
-                call = parse(body, signature)
+                call, encode = exchange.understand(body, signature)
                 check_call(call, signature, self._max_request_bytes)
-                answer, timing = await self._batched(version, call, signature, encode)
+                answer, timing = await self._batched(version, call, encode)
             finally:
                 version.end_request()
         except GatewayError as error:
@@ -63,22 +55,18 @@ class Inference:
             raise
         total_ns = monotonic_ns() - arrived_ns
         version.metrics.answered(call.rows, total_ns, timing.queue_ns, timing.compute_ns)
-        return answer
+        return _response(answer)
 
     async def _batched(
-        self,
-        version: Version,
-        call: InferCall,
-        signature: Signature,
-        encode: Encode[T],
-    ) -> tuple[T, Timing]:
+        self, version: Version, call: InferCall, encode: Encode
+    ) -> tuple[Encoded, Timing]:
         dispatcher = version.dispatcher
         if dispatcher is None:
             raise version.refusal()  # the body took longer than the version lasted
-        done: asyncio.Future[tuple[T, Timing]] = asyncio.get_running_loop().create_future()
+        done: asyncio.Future[tuple[Encoded, Timing]] = asyncio.get_running_loop().create_future()
 
         def on_answer(outputs: list[OutputTensor], timing: Timing) -> None:
-            answer = encode(call, signature, outputs)
+            answer = encode(outputs)
             if not done.done():
                 done.set_result((answer, timing))
 
@@ -93,3 +81,10 @@ class Inference:
         except asyncio.CancelledError:
             dispatcher.cancel(request)
             raise
+
+
+def _response(answer: Encoded) -> web.Response:
+    response = web.Response(body=answer.body, content_type=answer.media_type)
+    if answer.json_bytes is not None:
+        response.headers[HEADER_LENGTH] = str(answer.json_bytes)
+    return response

@@ -1,12 +1,13 @@
 """The front end's link to its supervisor: turns messages into versions, workers and routes.
 
-Messages in: ``version`` (model, version, state, reason; with READY also signature, config and limits;
-fds: board), ``forget`` (an unloaded version's files are gone), ``worker_up`` (fds: pidfd, channel),
-``worker_exited`` (signal, timed_out), ``routes`` (and whether the server's start is over), ``operated``
-(how an operation ended) and ``drain``. Messages out: ``serving``, ``reclaimed`` (an incarnation may be
-used again), ``convicted`` (a request, not the version, killed workers), ``drained`` (nothing is held of a
-version that is unloaded), ``operation`` (load or unload) and ``again`` (a message's descriptors did not fit
-in).
+Messages in: ``version`` (model, version, state, reason, seats, the front end's own index; with READY
+also signature, config and limits; fds: board, until it is unloaded), ``forget`` (an unloaded version's
+files are gone), ``worker_up`` (fds: pidfd, channel), ``worker_exited`` (signal, timed_out), ``routes``
+(and whether the server's start is over), ``operated`` (how an operation ended), ``sync`` (number) and
+``drain``. Messages out: ``serving``, ``reclaimed`` (an incarnation may be used again), ``convicted`` (a
+request, not the version, killed workers), ``drained`` (nothing is held of a version that is unloaded),
+``operation`` (load or unload), ``synced`` (all that came before the ``sync`` of this number is done) and
+``again`` (a message's descriptors did not fit in).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from gateway.serving.dispatcher import Dispatcher
 from gateway.serving.lane import Lane
 from gateway.serving.limits import Limits
 from gateway.serving.routes import RouteTable, Version, VersionState
+from gateway.telemetry.ledger import Ledger
 from gateway.telemetry.metrics import Metrics
 from gateway.tensors import Signature
 
@@ -54,6 +56,8 @@ class SupervisorLink:
         drain_timeout_s: what requests in flight get when their version is unloaded.
         on_drain: called once when the supervisor asks for it.
         on_orphaned: called once when the supervisor is gone.
+        on_change: called after each message: what was known of versions and routes may be wrong.
+        wake: has a worker woken, now or soon, for rows that it could seal.
     """
 
     def __init__(
@@ -66,6 +70,8 @@ class SupervisorLink:
         drain_timeout_s: float,
         on_drain: Callable[[], None],
         on_orphaned: Callable[[], None],
+        on_change: Callable[[], None],
+        wake: Callable[[ring.Producer], object],
     ) -> None:
         self._channel = channel
         self._routes = routes
@@ -75,6 +81,8 @@ class SupervisorLink:
         self._drain_timeout_ns = round(drain_timeout_s * NS_PER_S)
         self._on_drain = on_drain
         self._on_orphaned = on_orphaned
+        self._on_change = on_change
+        self._wake = wake
         self._loop = asyncio.get_running_loop()
         self.told = asyncio.Event()
         """Set once the first routes are here: before that, every model would be unknown."""
@@ -103,6 +111,7 @@ class SupervisorLink:
                 return
             message, fds = received
             self._on_message(message, fds)
+            self._on_change()
 
     def _on_message(self, message: Message, fds: list[int]) -> None:
         match message["op"]:
@@ -120,6 +129,8 @@ class SupervisorLink:
                 self._routes.routes = dict(message["routes"])
                 self._routes.is_started = message["is_started"]
                 self.told.set()
+            case "sync":
+                self._channel.send("synced", number=message["number"])
             case "drain":
                 self._on_drain()
             case unknown:
@@ -135,6 +146,9 @@ class SupervisorLink:
                 model, number, self._metrics.version(model, number)
             )
         version.state, version.reason = state, message["reason"]
+        if fds and not version.metrics.is_attached:
+            ledger = Ledger.mapped(fds[0], message["seats"])
+            version.metrics.attach(ledger, message["frontend"])
         match state:
             case VersionState.READY:
                 self._serve(version, message, fds)
@@ -143,14 +157,14 @@ class SupervisorLink:
             case VersionState.UNLOADING:
                 self._drain(version, monotonic_ns() + self._drain_timeout_ns)
             case VersionState.UNLOADED:
-                version.metrics.remove()
+                self._let_go(version)  # held only where the supervisor has not waited for us
+        for fd in fds:
+            os.close(fd)
 
     def _serve(self, version: Version, message: Message, fds: list[int]) -> None:
         """READY: make what takes its requests."""
-        if version.dispatcher is not None:  # told twice: it had been asked for again
-            for fd in fds:
-                os.close(fd)
-            return
+        if version.dispatcher is not None:
+            return  # told twice: it had been asked for again
         if not fds:
             version.state = VersionState.WARMING
             self._ask_again(version)
@@ -161,16 +175,22 @@ class SupervisorLink:
 
     def _drain(self, version: Version, deadline_ns: int) -> None:
         """Let go of a version that is unloaded, once nothing of it is in flight or at the deadline."""
+        if version.state is not VersionState.UNLOADING:
+            return  # the supervisor has not waited for it, and its number may be another one's by now
         is_serving = version.dispatcher is not None and version.in_flight > 0
         if is_serving and monotonic_ns() < deadline_ns:
             # Looked for, not told: a request's end should not cost a question that is so rarely asked.
             self._loop.call_later(DRAIN_LOOK_S, self._drain, version, deadline_ns)
             return
+        self._let_go(version)
+        self._channel.send("drained", model=version.model, version=version.number)
+
+    def _let_go(self, version: Version) -> None:
+        """Give back whatever is held of a version."""
         self._close(version, version.refusal())
         for key in [key for key in self._watched if key[:2] == (version.model, version.number)]:
             self._unwatch(key)
         version.metrics.remove()
-        self._channel.send("drained", model=version.model, version=version.number)
 
     def _close(self, version: Version, error: Unavailable) -> None:
         """End what takes a version's requests, and give back its lanes; those in flight get the error."""
@@ -198,7 +218,6 @@ class SupervisorLink:
         self, version: Version, signature: Signature, message: Message, board_fd: int
     ) -> Dispatcher:
         board = memory.map_writable(board_fd, ring.board_bytes(message["seats"]))
-        os.close(board_fd)
         self._boards[(version.model, version.number)] = board
 
         def watch(lane: Lane) -> None:
@@ -221,6 +240,7 @@ class SupervisorLink:
             self._loop,
             watch,
             convicted,
+            self._wake,
         )
         return dispatcher
 
@@ -239,7 +259,7 @@ class SupervisorLink:
             return
         self._watched[key] = pidfd
         version.dispatcher.worker_up(incarnation, channel)
-        version.metrics.worker(instance, up=True, restarted=message["restarted"])
+        version.metrics.worker(instance, up=True)
         self._loop.add_reader(pidfd, partial(self._on_death, version, incarnation, instance))
 
     def _on_death(self, version: Version, incarnation: int, instance: int) -> None:

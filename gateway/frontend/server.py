@@ -13,12 +13,14 @@ import logging
 import socket
 import sys
 from contextlib import suppress
+from typing import Any
 
 import uvloop
 from aiohttp import http_parser, web
 
 from gateway.errors import Unavailable
 from gateway.frontend.answers import DRAINING, answering
+from gateway.frontend.fastlane import DataLane
 from gateway.frontend.health import HealthHandlers
 from gateway.frontend.inference import Inference
 from gateway.frontend.link import DRAIN_LOOK_S, SupervisorLink
@@ -32,6 +34,9 @@ from gateway.telemetry import logs
 from gateway.telemetry.metrics import Metrics
 
 log = logging.getLogger("gateway.frontend")
+
+BACKLOG = 1024
+"""Connections that the kernel holds while the event loop is busy."""
 
 LAST_WORDS_S = 1.0
 """Time, after drain_timeout_s, in which what is still in flight is answered with 503."""
@@ -60,6 +65,13 @@ class Frontend:
         TensorFlowHandlers(routes, inference).add_to(app)
         metrics_app = self._application()
         health.add_metrics_to(metrics_app)
+        runner = await self._runner(app)
+        lane = DataLane(
+            routes,
+            _server_of(runner),
+            self._handler_options(),
+            options,
+        )
         link = SupervisorLink(
             self._channel,
             routes,
@@ -69,22 +81,26 @@ class Frontend:
             options.drain_timeout_s,
             self._drain,
             self._orphaned,
+            lane.forget_routes,
+            lane.burst.wake,
         )
         link.start()
         await link.told.wait()
-        runners = [
-            await self._listen(app, data),
-            await self._listen(metrics_app, metrics_socket),
-        ]
+        loop = asyncio.get_running_loop()
+        self._listener = await loop.create_server(lane.connect, sock=data, backlog=BACKLOG)
+        metrics_runner = await self._runner(metrics_app)
+        await web.SockSite(metrics_runner, metrics_socket, backlog=BACKLOG).start()
+        runners = [runner, metrics_runner]
         gc.collect()
         gc.freeze()  # what importing made is there for good: no full collection needs to look at it
         self._channel.send("serving")
         await self._stop.wait()
         self._draining.set()
+        lane.is_open = False  # aiohttp says in its answers that the connection ends
         await asyncio.sleep(self._pause_s)
         with suppress(TimeoutError):
             async with asyncio.timeout(options.drain_timeout_s):
-                await self._finish(routes, runners)
+                await self._finish(routes, lane, runners)
                 return
         for version in routes.versions():
             if version.dispatcher is not None:
@@ -93,14 +109,16 @@ class Frontend:
             async with asyncio.timeout(LAST_WORDS_S):
                 await _close(runners)
 
-    async def _finish(self, routes: RouteTable, runners: list[web.AppRunner]) -> None:
+    async def _finish(
+        self, routes: RouteTable, lane: DataLane, runners: list[web.AppRunner]
+    ) -> None:
         """Close the data port's listener, let what is in flight end, then close everything."""
-        for site in runners[0].sites:
-            await site.stop()
+        self._listener.close()
         # Waited for here, not in `cleanup`: that reads nothing more from any connection, so that a
         # request would lose the rest of its body.
         while routes.in_flight():  # noqa: ASYNC110  (a request's end should not cost a question)
             await asyncio.sleep(DRAIN_LOOK_S)
+        lane.close_idle()
         await _close(runners)  # which waits for answers that are still read
 
     def _application(self) -> web.Application:
@@ -109,20 +127,25 @@ class Frontend:
         app[DRAINING] = self._draining
         return app
 
-    async def _listen(self, app: web.Application, sock: socket.socket) -> web.AppRunner:
+    def _handler_options(self) -> dict[str, Any]:
+        """What aiohttp's handlers are made with."""
         options = self._options
+        return {
+            "access_log": None,
+            "auto_decompress": False,  # `read_body` does
+            "keepalive_timeout": options.keepalive_timeout_s,
+            "max_line_size": options.max_header_bytes,
+            "max_field_size": options.max_header_bytes,
+        }
+
+    async def _runner(self, app: web.Application) -> web.AppRunner:
         runner = web.AppRunner(
             app,
-            access_log=None,
-            auto_decompress=False,  # `read_body` does
             handler_cancellation=True,  # a client that goes away takes its queued rows with it
-            keepalive_timeout=options.keepalive_timeout_s,
-            max_line_size=options.max_header_bytes,
-            max_field_size=options.max_header_bytes,
-            shutdown_timeout=options.drain_timeout_s,
+            shutdown_timeout=self._options.drain_timeout_s,
+            **self._handler_options(),
         )
         await runner.setup()
-        await web.SockSite(runner, sock).start()
         return runner
 
     def _drain(self) -> None:
@@ -134,6 +157,13 @@ class Frontend:
             log.warning("the supervisor is gone; serving on for %g s", grace_s)
         self._pause_s = 0.0
         asyncio.get_running_loop().call_later(grace_s, self._stop.set)
+
+
+def _server_of(runner: web.AppRunner) -> web.Server:
+    """What makes requests of messages. TypeError: the runner has not been set up."""
+    if runner.server is None:
+        raise TypeError("the runner has no server yet")
+    return runner.server
 
 
 async def _close(runners: list[web.AppRunner]) -> None:

@@ -6,11 +6,10 @@ from aiohttp import web
 
 from gateway.errors import NotSupported
 from gateway.frontend.answers import VERSION, json_answer
+from gateway.frontend.exchanges import PREDICT
 from gateway.frontend.inference import Inference
 from gateway.protocols import tfserving
-from gateway.protocols.call import InferCall, OutputTensor
 from gateway.serving.routes import RouteTable, Version, VersionState
-from gateway.tensors import Signature
 
 _STATES = {
     VersionState.LOADING: "LOADING",
@@ -83,18 +82,7 @@ class TensorFlowHandlers:
 
     async def predict(self, http: web.Request) -> web.Response:
         """One inference, in rows or in columns."""
-        by_row = False
-
-        def parse(body: bytes, signature: Signature) -> InferCall:
-            nonlocal by_row
-            call, by_row = tfserving.parse_predict(body, signature)
-            return call
-
-        def encode(_call: InferCall, signature: Signature, outputs: list[OutputTensor]) -> bytes:
-            return tfserving.encode_predict(signature, by_row, outputs)
-
-        body = await self._inference.run(http, self._resolve(http), parse, encode)
-        return web.Response(body=body, content_type="application/json")
+        return await self._inference.run(http, self._resolve(http), PREDICT)
 
     async def no_such_signature(self, http: web.Request) -> web.Response:
         """``:classify`` and ``:regress`` need a signature that ONNX models do not have."""

@@ -7,31 +7,15 @@ from typing import Any
 
 from aiohttp import web
 
-from gateway.errors import Forbidden, InvalidRequest, UnsupportedMediaType
+from gateway.errors import Forbidden, InvalidRequest
 from gateway.frontend.answers import VERSION, json_answer
 from gateway.frontend.bodies import read_body
+from gateway.frontend.exchanges import HEADER_LENGTH, v2_exchange
 from gateway.frontend.inference import Inference
 from gateway.frontend.operations import Operations
-from gateway.protocols import jsontext, messagepack, v2_documents, v2_infer
-from gateway.protocols.call import InferCall, OutputTensor
+from gateway.protocols import jsontext, v2_documents
 from gateway.serving.routes import RouteTable, Version, VersionState, checked_name
 from gateway.telemetry.metrics import Duration
-from gateway.tensors import Signature
-
-HEADER_LENGTH = "Inference-Header-Content-Length"
-
-MSGPACK_TYPES = frozenset(
-    {"application/msgpack", "application/x-msgpack", "application/vnd.msgpack"}
-)
-
-JSON_TYPES = frozenset(
-    {
-        "application/json",
-        "application/octet-stream",  # aiohttp's name for no Content-Type, and Triton's for binary
-        "application/x-www-form-urlencoded",  # curl's, when it is given a body and nothing else
-        "text/plain",
-    }
-)
 
 
 class V2Handlers:
@@ -174,41 +158,8 @@ class V2Handlers:
     async def infer(self, http: web.Request) -> web.Response:
         """One inference: JSON, JSON with binary tensors, one raw tensor, or msgpack."""
         version = self._resolve(http)
-        if http.content_type in MSGPACK_TYPES:
-            return await self._infer_msgpack(http, version)
-        if http.content_type not in JSON_TYPES:
-            raise UnsupportedMediaType(
-                "Content-Type must be application/json or application/msgpack"
-            )
-        return await self._infer_json(http, version)
-
-    async def _infer_json(self, http: web.Request, version: Version) -> web.Response:
-        number = str(version.number)
-        header_length = http.headers.get(HEADER_LENGTH)
-
-        def parse(body: bytes, signature: Signature) -> InferCall:
-            return v2_infer.parse_infer(body, header_length, signature)
-
-        def encode(
-            call: InferCall, _signature: Signature, outputs: list[OutputTensor]
-        ) -> tuple[bytes, int | None]:
-            return v2_infer.encode_infer(call, version.model, number, outputs)
-
-        body, json_bytes = await self._inference.run(http, version, parse, encode)
-        if json_bytes is None:
-            return web.Response(body=body, content_type="application/json")
-        answer = web.Response(body=body, content_type="application/octet-stream")
-        answer.headers[HEADER_LENGTH] = str(json_bytes)
-        return answer
-
-    async def _infer_msgpack(self, http: web.Request, version: Version) -> web.Response:
-        number = str(version.number)
-
-        def encode(call: InferCall, _signature: Signature, outputs: list[OutputTensor]) -> bytes:
-            return messagepack.encode_infer(call, version.model, number, outputs)
-
-        body = await self._inference.run(http, version, messagepack.parse_infer, encode)
-        return web.Response(body=body, content_type=http.content_type)
+        exchange = v2_exchange(version, http.content_type, http.headers.get(HEADER_LENGTH))
+        return await self._inference.run(http, version, exchange)
 
 
 def _triton_state(version: Version) -> tuple[str, str]:

@@ -27,8 +27,6 @@ class AttachedLane:
         self.outputs = memory.map_writable(outputs, spec.slot_count * spec.output_slot_bytes)
         self.inputs_at = memory.address(self.inputs)
         self.outputs_at = memory.address(self.outputs)
-        self.shapes: dict[int, geometry.SlotShape] = {}
-        self._staging: Bytes | None = None
         for fd in (control, inputs, outputs):
             os.close(fd)
 
@@ -37,29 +35,12 @@ class AttachedLane:
         start = slot * self.spec.output_slot_bytes
         return memoryview(self.outputs)[start : start + self.spec.output_slot_bytes]
 
-    @property
-    def staging_at(self) -> int:
-        """Address of private memory as large as a slot's inputs, laid out like them."""
-        return int(self._stage().ctypes.data)
-
-    def _stage(self) -> Bytes:
-        if self._staging is None:
-            room = np.empty(self.spec.input_slot_bytes + geometry.LINE, np.uint8)
-            skip = -room.ctypes.data % geometry.LINE
-            self._staging = room[skip : skip + self.spec.input_slot_bytes]
-        return self._staging
-
-    def stage(self, slot: int, shape: geometry.SlotShape, rows: int, padded_rows: int) -> None:
-        """Copy a slot's rows to private memory, and its first row behind them up to ``padded_rows``."""
-        start = slot * self.spec.input_slot_bytes
-        staging = self._stage()
-        with memoryview(self.inputs) as inputs:
-            for p in shape.inputs:
-                begin, end = p.span(0, rows if p.has_rows else 1)
-                staging[begin:end] = np.frombuffer(inputs[start + begin : start + end], np.uint8)
-                if p.has_rows and p.row_bytes:
-                    padding = staging[end : end + (padded_rows - rows) * p.row_bytes]
-                    padding.reshape(-1, p.row_bytes)[:] = staging[begin : begin + p.row_bytes]
+    def input_bytes(self, slot: int, p: geometry.Placement, rows: int) -> Bytes:
+        """A slot's rows of one input, as a view; drop it before the lane is closed."""
+        begin, end = p.span(0, rows if p.has_rows else 1)
+        return np.frombuffer(
+            self.inputs, np.uint8, end - begin, slot * self.spec.input_slot_bytes + begin
+        )
 
     def read_arrays(
         self, slot: int, shape: geometry.SlotShape, rows: int, padded_rows: int

@@ -17,21 +17,32 @@ import contextlib
 import logging
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from mmap import mmap
-from typing import Any, Protocol
+from typing import NamedTuple
 
 from gateway._kernels import ring
-from gateway.clock import NS_PER_S, monotonic_ns
+from gateway._kernels.ring import Producer
+from gateway.clock import monotonic_ns
 from gateway.errors import DeadlineExceeded, GatewayError, InferenceFailed, QueueFull
 from gateway.protocols.call import InferCall
 from gateway.serving.channel import Channel
+from gateway.serving.deadlines import Deadlines, Scheduler
 from gateway.serving.lane import Lane, Outputs
 from gateway.serving.limits import Limits
-from gateway.serving.packing import materialise
 from gateway.serving.placement import Placement
 from gateway.serving.queue import RequestQueue
-from gateway.serving.request import OnAnswer, OnError, Request, Slot, State, Timer, Timing
+from gateway.serving.request import (
+    CallRequest,
+    Intake,
+    OnAnswer,
+    OnError,
+    ShapeKey,
+    Slot,
+    State,
+    Submission,
+    Timing,
+)
 from gateway.serving.spill import Spills, viewed
 from gateway.telemetry.metrics import VersionMetrics
 from gateway.tensors import Signature
@@ -52,14 +63,16 @@ DEATHS_OF_A_REQUEST = 2
 _EXPIRED = "the request's time in the queue ran out before it was run"
 
 
-class Scheduler(Protocol):
-    """What is needed of an event loop."""
+class Fit(NamedTuple):
+    """What requests that are like a call have in common.
 
-    def call_later(self, delay: float, callback: Callable[..., Any], *args: Any) -> Timer:
-        """Call once, after so many seconds."""
+    ``level`` is their place in the queue's order, ``timeout_ns`` their time in it, 0 for any.
+    """
 
-    def call_soon(self, callback: Callable[..., Any], *args: Any) -> object:
-        """Call in the next turn."""
+    key: ShapeKey
+    level: int
+    timeout_ns: int
+    is_padded: bool
 
 
 class Dispatcher:
@@ -73,6 +86,7 @@ class Dispatcher:
         loop: for deadlines.
         on_lane: called with each new lane, whose bell is then to be watched (`on_bell`).
         on_convicted: called when a request, and not the version, turned out to kill workers.
+        wake: has a worker woken, now or soon, for rows that it could seal.
     """
 
     def __init__(
@@ -84,6 +98,7 @@ class Dispatcher:
         loop: Scheduler,
         on_lane: Callable[[Lane], None],
         on_convicted: Callable[[], None],
+        wake: Callable[[Producer], object] = Producer.wake,
     ) -> None:
         self.signature = signature
         self.metrics = metrics
@@ -91,10 +106,11 @@ class Dispatcher:
         self._loop = loop
         self._on_lane = on_lane
         self._on_convicted = on_convicted
-        self._placement = Placement(signature, limits.lane_bytes, board, self._add_lane)
+        self._placement = Placement(signature, limits.lane_bytes, board, self._add_lane, wake)
         self._queue = RequestQueue(max(1, limits.priority_levels))
         self._spills = Spills()
-        self._in_flight = 0
+        self.intake = Intake(limits.max_queue_size)
+        self._deadlines = Deadlines(loop, self.expire)
         self._workers: dict[int, Channel] = {}  # by incarnation
         self._is_supervised = True
         self._is_closed = False
@@ -113,7 +129,7 @@ class Dispatcher:
 
     def submit(
         self, call: InferCall, arrived_ns: int, on_answer: OnAnswer, on_error: OnError
-    ) -> Request:
+    ) -> CallRequest:
         """Place a call in a slot, or queue it.
 
         Args:
@@ -128,31 +144,50 @@ class Dispatcher:
             QueueFull: too many are waiting.
             Unavailable: there is no memory for its shape now.
         """
-        bound = self._limits.max_queue_size
-        if self._in_flight >= bound and self.waiting() >= bound:
-            raise QueueFull(f"the queue is full: queue.max_size is {bound} requests")
+        self.check_room()
         key, lengths = self._placement.fit(call)
         deadline_ns = self._limits.deadline_ns(call.timeout_us, arrived_ns)
         level = self._limits.level(call.priority)
-        request = Request(call, key, lengths, level, arrived_ns, deadline_ns, on_answer, on_error)
-        if self._queue or not self._place(request):
-            for tensor in call.inputs:
-                materialise(tensor)
-            self._queue.put(request)
-        self._in_flight += 1
-        if deadline_ns:
-            delay_s = max(0, deadline_ns - monotonic_ns()) / NS_PER_S
-            request.timer = self._loop.call_later(delay_s, self.expire, request)
+        request = CallRequest(
+            call, key, lengths, level, arrived_ns, deadline_ns, on_answer, on_error
+        )
+        self.admit(request)
         return request
 
-    def cancel(self, request: Request) -> None:
+    def check_room(self) -> None:
+        """QueueFull when too many are waiting."""
+        bound = self.intake.bound
+        if self.intake.in_flight >= bound and self.waiting() >= bound:
+            raise QueueFull(f"the queue is full: queue.max_size is {bound} requests")
+
+    def admit(self, request: Submission) -> None:
+        """Place a new request in a slot, or queue it.
+
+        Raises:
+            InvalidRequest: its data do not decode; nothing has happened to it.
+        """
+        if self._queue or not self._place(request):
+            request.materialise()
+            self._queue.put(request)
+            self.intake.has_queue = True
+        self.intake.in_flight += 1
+        if request.deadline_ns:
+            self._deadlines.add(request)
+
+    def fit(self, call: InferCall) -> Fit:
+        """What requests that are like this call have in common. TooLarge, Unavailable: see `submit`."""
+        key, lengths = self._placement.fit(call)
+        level = self._limits.level(call.priority)
+        return Fit(key, level, self._limits.deadline_ns(call.timeout_us, 0), bool(lengths))
+
+    def cancel(self, request: Submission) -> None:
         """The client is gone: the request never runs unless a worker has it already."""
         if request.state is not State.ENDED:
             self._take_back(request)
             self._end(request)
             self._pump()
 
-    def expire(self, request: Request) -> None:
+    def expire(self, request: Submission) -> None:
         """Its time in the queue is over: answered now, unless a worker has it already."""
         if request.state is not State.ENDED and self._take_back(request):
             self._end(request, DeadlineExceeded(_EXPIRED))
@@ -226,6 +261,8 @@ class Dispatcher:
     def close(self) -> None:
         """Give back every lane; requests must have been failed before."""
         self._is_closed = True
+        self.intake.is_open = False
+        self._deadlines.close()
         self._placement.close()
         self._spills.close()
         for channel in self._workers.values():
@@ -234,7 +271,7 @@ class Dispatcher:
 
     # Placing
 
-    def _place(self, request: Request) -> bool:
+    def _place(self, request: Submission) -> bool:
         # What lies ready: a batch for each worker, and one more for whoever is first.
         return self._placement.place(request, max_complete=len(self._workers) + 1)
 
@@ -250,21 +287,22 @@ class Dispatcher:
         """Move queued requests into slots for as long as there is room."""
         while (request := self._queue.next()) is not None and self._place(request):
             self._queue.remove_next(request)
+        self.intake.has_queue = request is not None
 
-    def _take_back(self, request: Request) -> bool:
+    def _take_back(self, request: Submission) -> bool:
         """Keep a request from running; False when a worker has it."""
         if request.state is State.QUEUED:
             return True  # the pump skips what has ended
         return self._placement.take_out(request)
 
-    def _end(self, request: Request, error: GatewayError | None = None) -> None:
+    def _end(self, request: Submission, error: GatewayError | None = None) -> None:
         was_queued = request.state is State.QUEUED
-        self._in_flight -= 1
-        request.end()
+        self.intake.in_flight -= 1
+        request.move(State.ENDED)
         if was_queued:
             self._queue.ended(request)
         if error is not None:
-            request.on_error(error)
+            request.fail(error)
 
     # Finishing
 
@@ -296,21 +334,24 @@ class Dispatcher:
         started_ns, finished_ns = lane.producer.times(slot.index)
         compute_ns = max(0, finished_ns - started_ns)
         self.metrics.batch(slot.rows, compute_ns)
-        for request in slot.requests:
+        rest: Sequence[Submission] = slot.requests
+        if slot.key.shape.outputs is not None:
+            rest = lane.memory.answer(slot, started_ns, finished_ns)
+        for request in rest:
             if request.state is State.PLACED:  # not cancelled while it ran
                 timing = Timing(max(0, started_ns - request.arrived_ns), compute_ns)
                 self._tell(request, lane, outputs, timing)
         return True
 
-    def _tell(self, request: Request, lane: Lane, outputs: Outputs, timing: Timing) -> None:
+    def _tell(self, request: Submission, lane: Lane, outputs: Outputs, timing: Timing) -> None:
         self._end(request)
         try:
-            request.on_answer(lane.views(outputs, request), timing)
+            request.answer(lane.views(outputs, request), timing)
         except GatewayError as error:
-            request.on_error(error)
+            request.fail(error)
         except Exception:
             log.exception("an answer could not be encoded")
-            request.on_error(GatewayError("the answer could not be encoded"))
+            request.fail(GatewayError("the answer could not be encoded"))
 
     def _fail_alone(self, slot: Slot, text: str) -> None:
         """End the one request of a slot that is done with."""

@@ -7,7 +7,6 @@ graph declares of its outputs' dims may be wrong. Either would leave a slot's fo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from gateway.serving import batching, geometry
 from gateway.serving.onnxfile import ModelFacts
 from gateway.serving.samples import Sample, candidates
 from gateway.serving.session import ModelSession, RunError
+from gateway.serving.staging import aligned
 from gateway.tensors import Signature
 
 CANARIES = (0xA5, 0x5A)
@@ -84,7 +84,7 @@ def _not_written(session: ModelSession, signature: Signature, sample: Sample) ->
     shape = geometry.shape_of(signature, dims, rows)
     if shape.outputs is None:
         return None  # they are not bound
-    inputs, outputs = _aligned(shape.input_bytes), _aligned(shape.output_bytes)
+    inputs, outputs = aligned(shape.input_bytes), aligned(shape.output_bytes)
     for p in shape.inputs:
         raw = np.ascontiguousarray(arrays[p.spec.name]).reshape(-1).view(np.uint8)
         inputs[p.offset : p.offset + raw.size] = raw
@@ -102,10 +102,3 @@ def _not_written(session: ModelSession, signature: Signature, sample: Sample) ->
         if untouched[begin:end].any():
             return f"output {show_name(p.spec.name)} is not written where it is bound"
     return None
-
-
-def _aligned(nbytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Zeroed bytes that begin at a cache line, as slots do."""
-    room = np.zeros(nbytes + geometry.LINE, np.uint8)
-    skip = -room.ctypes.data % geometry.LINE
-    return room[skip : skip + nbytes]

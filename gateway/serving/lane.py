@@ -7,18 +7,19 @@ to do about a slot that failed is the dispatcher's decision.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
 from mmap import mmap
 from typing import NamedTuple
 
 from gateway import bytestrings
 from gateway._kernels import pack, ring
+from gateway._kernels.slots import SlotMemory
 from gateway.protocols.call import InferCall, InputTensor, OutputTensor
 from gateway.serving import descriptors, geometry, memory
-from gateway.serving.packing import materialise, raw, string_bytes, write_tensor
+from gateway.serving.packing import materialise, raw, write_tensor
 from gateway.serving.padding import Padder
-from gateway.serving.request import Request, Slot, State
+from gateway.serving.request import Slot, State, Submission
 from gateway.tensors import Signature, element_count
 
 
@@ -71,6 +72,13 @@ class Lane:
             self.bell = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
             undo.pop_all()  # all there: from now on `close` gives them back
         self.producer = ring.Producer(self._control, spec.slot_count, spec.dims_per_slot, board)
+        self.memory = SlotMemory(
+            self.producer,
+            self._inputs,
+            self._outputs,
+            spec.input_slot_bytes,
+            spec.output_slot_bytes,
+        )
         self._padder = padder
         self.slots = [Slot(number, i) for i in range(spec.slot_count)]
         # Last-in first-out: a small working set stays in cache, and in the workers' binding caches.
@@ -89,11 +97,11 @@ class Lane:
         """Whether `open` can succeed."""
         return bool(self._free)
 
-    def open(self, request: Request) -> Slot:
+    def open(self, request: Submission) -> Slot:
         """Put the request into a free slot. InvalidRequest: its data do not decode."""
         slot, key = self._free[-1], request.key
         slot.key = key
-        self._write(slot, request.call)
+        request.write(self, slot)
         self.producer.open(
             slot.index,
             request.rows,
@@ -101,12 +109,13 @@ class Lane:
             key.id,
             key.shape.capacity,
             geometry.flatten(self.signature, key.shape),
+            request.deadline_ns,
         )
         self._free.pop()
         self._enter(slot, request)
         return slot
 
-    def append(self, slot: Slot, request: Request) -> bool:
+    def append(self, slot: Slot, request: Submission) -> bool:
         """Put the request behind the rows of an open slot of its shape, in which it fits.
 
         Returns False when a worker had sealed the slot: the request is then not placed.
@@ -114,13 +123,13 @@ class Lane:
         """
         if self.producer.phase(slot.index) != ring.OPEN:
             return False
-        self._write(slot, request.call)
-        if not self.producer.append(slot.index, request.rows):
+        request.write(self, slot)
+        if not self.producer.append(slot.index, request.rows, request.deadline_ns):
             return False
         self._enter(slot, request)
         return True
 
-    def drop(self, slot: Slot, request: Request) -> bool:
+    def drop(self, slot: Slot, request: Submission) -> bool:
         """Take a placed request out of its slot; False when a worker was first and it will run."""
         if not self.is_unsealed(slot) or not self.producer.edit(slot.index):
             return False
@@ -183,7 +192,7 @@ class Lane:
         placements = descriptors.read_descriptors(region, data, self.signature, slot.rows)
         return None if placements is None else Outputs(placements, data)
 
-    def views(self, outputs: Outputs, request: Request) -> list[OutputTensor]:
+    def views(self, outputs: Outputs, request: Submission) -> list[OutputTensor]:
         """The request's own rows of a slot's outputs: views, or copies where padding is cut off."""
         tensors = []
         for p in outputs.placements:
@@ -198,7 +207,7 @@ class Lane:
         """What the worker of a FAILED slot said."""
         return descriptors.read_error(self._output_region(slot))
 
-    def copy_out(self, slot: Slot, request: Request) -> None:
+    def copy_out(self, slot: Slot, request: Submission) -> None:
         """Give a placed request its data back as private bytes, so that it can be placed again.
 
         They are as they were written: padded ones stay so.
@@ -214,7 +223,7 @@ class Lane:
                     data = b"".join(bytes(inputs[at : at + size]) for at, size in rows)
                 dims = p.dims(request.rows)
                 copies.append(InputTensor(p.spec.name, p.spec.datatype, dims, memoryview(data)))
-        request.call.inputs = copies
+        request.take_back(copies)
         request.slot = None
 
     def release(self, slot: Slot) -> None:
@@ -224,6 +233,7 @@ class Lane:
 
     def close(self) -> None:
         """Give back memory and descriptors. Requests still placed must have been failed before."""
+        self.memory.close()
         self.producer.close()
         for mapping in (self._control, self._inputs, self._outputs):
             with suppress(BufferError):  # a view lives on in a traceback: unmapped with it
@@ -235,8 +245,14 @@ class Lane:
         start = slot.index * self.spec.output_slot_bytes
         return memoryview(self._outputs)[start : start + self.spec.output_slot_bytes]
 
-    def _write(self, slot: Slot, call: InferCall) -> None:
-        """Write a call's rows behind those of the slot, where no worker looks yet."""
+    def write_call(self, slot: Slot, call: InferCall, lengths: Mapping[str, int]) -> None:
+        """Write a call's rows behind those of the slot, where no worker looks yet.
+
+        Args:
+            slot: free or open, of the call's shape.
+            call: what to write.
+            lengths: what padding changed, by symbol.
+        """
         base = slot.index * self.spec.input_slot_bytes
         tensors = {tensor.name: tensor for tensor in call.inputs}
         strings_at = slot.key.shape.input_bytes + slot.string_bytes
@@ -265,14 +281,14 @@ class Lane:
             begin = end
         return strings_at + len(data)
 
-    def _enter(self, slot: Slot, request: Request) -> None:
+    def _enter(self, slot: Slot, request: Submission) -> None:
         request.slot = slot
         request.start = slot.rows
         request.move(State.PLACED)
         slot.requests.append(request)
         slot.rows += request.rows
         if slot.key.string_bytes:
-            slot.string_bytes += string_bytes(request.call)
+            slot.string_bytes += request.string_bytes
 
     def _give_back(self, slot: Slot) -> None:
         slot.clear()

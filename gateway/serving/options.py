@@ -8,8 +8,15 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class FrontendOptions:
-    """See `gateway.settings.ServerSettings` for what each one bounds."""
+    """See `gateway.settings.ServerSettings` for what each one bounds.
 
+    Attributes:
+        index: the front end's own, from 0; its successor has it too.
+        frontends: how many there are.
+    """
+
+    index: int
+    frontends: int
     strict_readiness: bool
     model_control: bool
     orphan_grace_s: float
@@ -18,6 +25,7 @@ class FrontendOptions:
     max_request_bytes: int
     max_header_bytes: int
     keepalive_timeout_s: float
+    fast_lane: bool
     lane_bytes: int
     log_level: str
     log_format: str

@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from mmap import mmap
 from types import MappingProxyType
 
+from gateway._kernels.ring import Producer
 from gateway.errors import TooLarge, Unavailable
 from gateway.protocols.call import InferCall
 from gateway.serving import geometry
 from gateway.serving.lane import Lane
 from gateway.serving.packing import string_bytes
 from gateway.serving.padding import Padder
-from gateway.serving.request import Request, ShapeKey, Slot
+from gateway.serving.request import ShapeKey, Slot, Submission
 from gateway.tensors import Signature
 
 MAX_SHAPES = 4096
@@ -29,6 +30,7 @@ class Placement:
         lane_bytes: budget of a lane.
         board: mapping of the version's board.
         on_lane: called with each new lane.
+        wake: has a worker woken, now or soon, for rows that it could seal.
     """
 
     def __init__(
@@ -37,12 +39,14 @@ class Placement:
         lane_bytes: int,
         board: mmap,
         on_lane: Callable[[Lane], None],
+        wake: Callable[[Producer], object] = Producer.wake,
     ) -> None:
         self.lanes: list[Lane] = []  # by number
         self._signature = signature
         self._lane_bytes = lane_bytes
         self._board = board
         self._on_lane = on_lane
+        self._wake = wake
         self._padder = Padder(signature)
         self._is_padded = bool(signature.padding)
         self._inputs = [
@@ -51,7 +55,7 @@ class Placement:
         self._has_strings = any(spec.datatype.numpy is None for spec in signature.inputs)
         self._keys: dict[tuple[geometry.Dims, int], ShapeKey] = {}
         self._next_shape_id = 0
-        self._cursors: dict[int, Slot] = {}  # by shape id: the open slot to append to
+        self._cursors: dict[int, Slot] = {}  # by shape id; each key knows its own
         self._complete: set[Slot] = set()  # unsealed as far as known, and nothing more joins
 
     def fit(self, call: InferCall) -> tuple[ShapeKey, Mapping[str, int]]:
@@ -83,7 +87,7 @@ class Placement:
             )
         return key, lengths
 
-    def place(self, request: Request, max_complete: int) -> bool:
+    def place(self, request: Submission, max_complete: int) -> bool:
         """Put the request into a slot and wake a worker; False when it has to wait.
 
         Args:
@@ -95,13 +99,13 @@ class Placement:
         """
         key = request.key
         lane = self.lanes[key.lane]
-        cursor = self._cursors.get(key.id)
+        cursor = key.cursor
         if cursor is not None and not request.solo:
-            fits = cursor.rows + request.rows <= key.shape.capacity
+            fits = cursor.rows + request.rows <= key.capacity
             if fits and key.string_bytes:
-                fits = cursor.string_bytes + string_bytes(request.call) <= key.string_bytes
+                fits = cursor.string_bytes + request.string_bytes <= key.string_bytes
             if fits and lane.append(cursor, request):
-                lane.producer.wake()
+                self._wake(lane.producer)
                 return True
             self._close(lane, cursor)
         if len(self._complete) >= max_complete:
@@ -111,13 +115,15 @@ class Placement:
         if not lane.has_free_slot():
             return False
         slot = lane.open(request)
-        self._cursors[key.id] = slot
-        if request.solo or slot.rows == key.shape.capacity:
-            self._close(lane, slot)
-        lane.producer.wake()
+        if request.solo or slot.rows == key.capacity:
+            self._complete_slot(lane, slot)
+        else:
+            key.cursor = slot
+            self._cursors[key.id] = slot
+        self._wake(lane.producer)
         return True
 
-    def take_out(self, request: Request) -> bool:
+    def take_out(self, request: Submission) -> bool:
         """Drop a placed request from its slot; False when a worker has it."""
         slot = request.slot
         if slot is None or not self.lanes[slot.lane].drop(slot, request):
@@ -144,11 +150,9 @@ class Placement:
     def unsealed(self) -> list[Slot]:
         """Slots that no worker has taken, after a look; forgets the others."""
         self._complete = {s for s in self._complete if self.lanes[s.lane].is_unsealed(s)}
-        self._cursors = {
-            shape_id: s
-            for shape_id, s in self._cursors.items()
-            if self.lanes[s.lane].is_unsealed(s)
-        }
+        for slot in list(self._cursors.values()):
+            if not self.lanes[slot.lane].is_unsealed(slot):
+                self._drop_cursor(slot.key)
         return [*self._complete, *self._cursors.values()]
 
     def close(self) -> None:
@@ -177,7 +181,7 @@ class Placement:
         # An optional input is there once in a batch, so it can be of one request only.
         takes_mates = signature.is_batched and all(p.has_rows for p in shape.inputs)
         key = self._keys[dims, row_strings] = ShapeKey(
-            self._next_shape_id, shape, heap, lane.number, takes_mates
+            self._next_shape_id, shape, heap, lane.number, takes_mates, lane.memory
         )
         self._next_shape_id += 1
         return key
@@ -195,14 +199,21 @@ class Placement:
         return lane
 
     def _close(self, lane: Lane, slot: Slot) -> None:
-        """Nothing more joins the slot, also when a cancelled request leaves room in it."""
-        del self._cursors[slot.key.id]
-        lane.producer.complete(slot.index)
-        if slot.rows < slot.key.shape.capacity:
+        """Nothing more joins the open slot, also when a cancelled request leaves room in it."""
+        self._drop_cursor(slot.key)
+        self._complete_slot(lane, slot)
+        if slot.rows < slot.key.capacity:
             lane.producer.wake()  # a worker may be holding it for more
+
+    def _complete_slot(self, lane: Lane, slot: Slot) -> None:
+        lane.producer.complete(slot.index)
         self._complete.add(slot)
+
+    def _drop_cursor(self, key: ShapeKey) -> None:
+        key.cursor = None
+        del self._cursors[key.id]
 
     def _forget(self, slot: Slot) -> None:
         self._complete.discard(slot)
-        if self._cursors.get(slot.key.id) is slot:
-            del self._cursors[slot.key.id]
+        if slot.key.cursor is slot:
+            self._drop_cursor(slot.key)

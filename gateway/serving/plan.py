@@ -21,10 +21,19 @@ class Device:
         return {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}.get(kind, kind)
 
     @property
+    def is_cuda(self) -> bool:
+        """Whether it is a GPU that the gateway drives itself."""
+        return self.text.partition(":")[0] == "cuda"
+
+    @property
+    def ordinal(self) -> int:
+        """The number of a GPU, counted as CUDA does."""
+        return int(self.text.partition(":")[2])
+
+    @property
     def own_options(self) -> dict[str, str]:
         """Options of the provider that follow from the device's name."""
-        kind, _, ordinal = self.text.partition(":")
-        return {"device_id": ordinal} if kind == "cuda" else {}
+        return {"device_id": str(self.ordinal)} if self.is_cuda else {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +50,7 @@ class Execution:
     cpu_arena: bool = True
     config: tuple[tuple[str, str], ...] = ()
     cache_folder: str | None = None
+    cuda_graphs: bool = False
 
     def shapes_graph(self) -> dict[str, object]:
         """What of it decides about the optimised graph."""

@@ -1,32 +1,35 @@
-"""A request between decoding and its answer, and the slot that its rows are in."""
+"""A request between decoding and its answer: what the dispatcher needs of each kind of them.
+
+`Request` and `Slot` are compiled records (`kernels/slots.pyx`). A request's data and its way to be answered
+belong to the protocol that it came by: `CallRequest` holds a decoded call and two callbacks, the fast
+lane's own kind holds bytes and a connection. The dispatcher, lane and placement see a `Submission`.
+"""
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
+from gateway._kernels.slots import Intake, Request, ShapeKey, Slot, State
 from gateway.errors import GatewayError
-from gateway.protocols.call import InferCall, OutputTensor
+from gateway.protocols.call import InferCall, InputTensor, OutputTensor
 from gateway.serving import geometry
+from gateway.serving.packing import materialise, string_bytes
 
-
-class State(enum.Enum):
-    """Where a request is. `ENDED` is final: answered, failed, expired or cancelled."""
-
-    NEW = enum.auto()
-    QUEUED = enum.auto()  # in the dispatcher's queue, its data private
-    PLACED = enum.auto()  # its rows are in a slot
-    ENDED = enum.auto()
-
-
-_MOVES = {
-    State.NEW: {State.QUEUED, State.PLACED, State.ENDED},
-    State.QUEUED: {State.PLACED, State.ENDED},
-    State.PLACED: {State.QUEUED, State.ENDED},  # back to the queue when its slot is split
-    State.ENDED: set[State](),
-}
+__all__ = [
+    "NO_SHAPE",
+    "CallRequest",
+    "Intake",
+    "OnAnswer",
+    "OnError",
+    "Request",
+    "ShapeKey",
+    "Slot",
+    "State",
+    "Submission",
+    "Timing",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,43 +40,66 @@ class Timing:
     compute_ns: int
 
 
-class ShapeKey(NamedTuple):
-    """What requests that may share a slot have in common.
-
-    Attributes:
-        id: its number, by which workers cache.
-        shape: the layout of the slot.
-        string_bytes: heap for strings behind the inputs, in each slot.
-        lane: number of the lane for it.
-        takes_mates: several requests may share a slot.
-    """
-
-    id: int
-    shape: geometry.SlotShape
-    string_bytes: int
-    lane: int
-    takes_mates: bool
-
-
 NO_SHAPE = ShapeKey(-1, geometry.SlotShape((), 0, (), 0, (), 0), 0, -1, True)
-
-
-class Timer(Protocol):
-    """What an event loop's ``call_later`` returns."""
-
-    def cancel(self) -> None:
-        """Never call it."""
 
 
 OnAnswer = Callable[[list[OutputTensor], Timing], None]
 OnError = Callable[[GatewayError], None]
 
 
-class Request:
-    """One inference request: its data, its place, and who is told how it ends.
+class SlotWriter(Protocol):
+    """What of a lane a request writes itself with."""
 
-    Exactly one of `on_answer` and `on_error` is called, once, unless the request is cancelled: then
-    neither. `on_answer` gets views of shared memory that are valid only during the call.
+    def write_call(self, slot: Slot, call: InferCall, lengths: Mapping[str, int]) -> None:
+        """Write a call's rows behind those of the slot."""
+
+
+class Submission(Protocol):
+    """A `Request` of any kind, as the dispatcher sees it.
+
+    It is answered or failed once, unless it is cancelled: then neither.
+    """
+
+    key: ShapeKey
+    slot: Slot | None
+    rows: int
+    start: int
+    level: int
+    blame: int
+    solo: bool
+    arrived_ns: int
+    deadline_ns: int
+    lengths: Mapping[str, int]
+    string_bytes: int
+
+    @property
+    def state(self) -> State:
+        """Where it is."""
+
+    def move(self, state: State) -> None:
+        """The one way to change the state. RuntimeError on an illegal move."""
+
+    def write(self, lane: SlotWriter, slot: Slot) -> None:
+        """Write its rows behind those of the slot. InvalidRequest: they do not decode."""
+
+    def materialise(self) -> None:
+        """Own its data, decoded: it has to wait. InvalidRequest: they do not decode."""
+
+    def take_back(self, copies: Sequence[InputTensor]) -> None:
+        """Own these as its data: its slot is given up."""
+
+    def drop_data(self) -> None:
+        """It will not be written again."""
+
+    def answer(self, outputs: list[OutputTensor], timing: Timing) -> None:
+        """Answer it. The outputs are views of shared memory that are valid only during the call."""
+
+    def fail(self, error: GatewayError) -> None:
+        """Answer it with an error."""
+
+
+class CallRequest(Request):
+    """A decoded call, and who is told how it ends.
 
     Args:
         call: validated against the signature; its lists are replaced by bytes when it has to queue.
@@ -82,25 +108,11 @@ class Request:
         level: its place in the queue's order, 0 the highest.
         arrived_ns: monotonic.
         deadline_ns: monotonic end of its time in the queue, 0 for none.
+        on_answer: called once with its outputs, unless `on_error` is, or it is cancelled.
+        on_error: called once when it failed or expired.
     """
 
-    __slots__ = (
-        "arrived_ns",
-        "blame",
-        "call",
-        "deadline_ns",
-        "key",
-        "lengths",
-        "level",
-        "on_answer",
-        "on_error",
-        "rows",
-        "slot",
-        "solo",
-        "start",
-        "state",
-        "timer",
-    )
+    __slots__ = ("answer", "call", "fail", "lengths", "string_bytes")
 
     def __init__(
         self,
@@ -113,68 +125,26 @@ class Request:
         on_answer: OnAnswer,
         on_error: OnError,
     ) -> None:
+        super().__init__(key, call.rows, level, arrived_ns, deadline_ns)
         self.call = call
-        self.key = key
         self.lengths = lengths
-        self.level = level
-        self.rows = call.rows
-        self.arrived_ns = arrived_ns
-        self.deadline_ns = deadline_ns
-        self.on_answer = on_answer
-        self.on_error = on_error
-        self.state = State.NEW
-        self.slot: Slot | None = None
-        self.timer: Timer | None = None
-        self.start = 0  # first row within the slot
-        self.solo = not key.takes_mates  # also once it was in a batch that failed
-        self.blame = 0  # workers that died of running it alone
+        self.string_bytes = string_bytes(call) if key.string_bytes else 0
+        self.answer = on_answer
+        self.fail = on_error
 
-    def move(self, state: State) -> None:
-        """The one place where the state changes. RuntimeError on an illegal move."""
-        if state not in _MOVES[self.state]:
-            raise RuntimeError(f"a request cannot go from {self.state.name} to {state.name}")
-        self.state = state
+    def write(self, lane: SlotWriter, slot: Slot) -> None:
+        """Write its rows behind those of the slot. InvalidRequest: they do not decode."""
+        lane.write_call(slot, self.call, self.lengths)
 
-    def end(self) -> None:
-        """The last move; stops the deadline's timer."""
-        self.move(State.ENDED)
-        if self.timer is not None:
-            self.timer.cancel()
-            self.timer = None
+    def materialise(self) -> None:
+        """Decode lists into private bytes. InvalidRequest: they do not decode."""
+        for tensor in self.call.inputs:
+            materialise(tensor)
 
+    def take_back(self, copies: Sequence[InputTensor]) -> None:
+        """Own these as its data."""
+        self.call.inputs = list(copies)
 
-class Slot:
-    """A front end's mirror of a slot: the requests that its rows belong to, in their order.
-
-    ``lane`` is the number of its lane, ``index`` its place there.
-    """
-
-    __slots__ = (
-        "awaits_judgement",
-        "deaths",
-        "index",
-        "key",
-        "lane",
-        "last_owner",
-        "requests",
-        "rows",
-        "string_bytes",
-    )
-
-    def __init__(self, lane: int, index: int) -> None:
-        self.lane = lane
-        self.index = index
-        self.requests: list[Request] = []
-        self.rows = 0
-        self.string_bytes = 0  # of the heap that are taken, by requests that left as well
-        self.key = NO_SHAPE
-        self.deaths = 0  # workers that died holding these rows
-        self.last_owner = 0  # the last of them
-        self.awaits_judgement = False  # of how that one died
-
-    def clear(self) -> None:
-        """Forget the requests."""
-        self.requests = []
-        self.rows = self.string_bytes = 0
-        self.deaths = self.last_owner = 0
-        self.awaits_judgement = False
+    def drop_data(self) -> None:
+        """It will not be written again."""
+        self.call.inputs = []

@@ -33,7 +33,7 @@ class Version:
     """One version of a model, as a front end knows it.
 
     ``signature`` and ``dispatcher`` are there from READY on; ``config`` is what the configuration
-    document shows, and ``in_flight`` counts the requests that an unload waits for.
+    document shows, and ``begun`` counts the requests of the aiohttp lane whose head has been read.
     """
 
     model: str
@@ -44,7 +44,13 @@ class Version:
     signature: Signature | None = None
     dispatcher: Dispatcher | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    in_flight: int = 0
+    begun: int = 0
+
+    @property
+    def in_flight(self) -> int:
+        """What an unload waits for: 0 when no request is being read, waits, runs or is answered."""
+        intake = self.dispatcher.intake if self.dispatcher is not None else None
+        return self.begun + (intake.in_flight + intake.receiving if intake is not None else 0)
 
     @property
     def is_ready(self) -> bool:
@@ -64,12 +70,12 @@ class Version:
     def begin_request(self) -> Signature:
         """A request's head is here: an unload waits until `end_request`. Unavailable when not READY."""
         signature = self.ready()
-        self.in_flight += 1
+        self.begun += 1
         return signature
 
     def end_request(self) -> None:
         """A request that was begun has its answer."""
-        self.in_flight -= 1
+        self.begun -= 1
 
     def refusal(self) -> Unavailable:
         """What a request is told that the version cannot take in its state."""

@@ -3,6 +3,9 @@
 Inputs are bound where the front end wrote them and outputs where it will read them, so nothing of fixed
 size is copied here on the CPU. A binding costs 17-19 µs to make and 4 µs to run again, so bindings are
 kept, by slot, rows and shape; slots are reused last-in first-out, which keeps that set small.
+
+A GPU has memory of its own. ONNX Runtime copies an input that is bound elsewhere when it is bound, not when
+it is run: such bindings are for one run. `pipeline` binds the GPU's memory instead, and copies itself.
 """
 
 from __future__ import annotations
@@ -11,10 +14,11 @@ import ctypes
 import functools
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -25,17 +29,16 @@ import onnxruntime as ort
 
 from gateway.errors import LoadError
 from gateway.protocols.call import show_name
-from gateway.serving import graphcache, strings
+from gateway.serving import cuda, strings
+from gateway.serving.devicememory import Fragment, Workspace
 from gateway.serving.geometry import SlotShape
 from gateway.serving.onnxfile import ModelFacts
-from gateway.serving.plan import Device, Execution
+from gateway.serving.plan import Execution
+from gateway.serving.session_opening import ERROR_CODE, LOG_FATAL_ONLY, open_session
 from gateway.tensors import BY_ORT, MAX_RANK, TensorSpec, element_count
 
 Array = npt.NDArray[Any]
 """A tensor: raw numbers (BF16 as its 16 bits), or an object array of bytes for strings."""
-
-LOG_FATAL_ONLY = 4
-"""What fails is raised as well; ONNX Runtime's own log would quote clients' values."""
 
 MAX_OPTIONAL_INPUTS = 16
 """Inputs with defaults that clients may send. Old exporters list every weight as such an input."""
@@ -43,18 +46,16 @@ MAX_OPTIONAL_INPUTS = 16
 MAX_TENSORS = 1024
 """Inputs and outputs of a model; bounds its signature and the records in shared memory."""
 
+NO_GRAPH = -1
+"""Among numbers of CUDA graphs, which are positive: capture none and replay none."""
+
+GPU_FAILED = "the GPU failed"
+"""What clients are told of an error of CUDA's, whose text may hold addresses."""
+
 _STRING = 8
 _BF16 = 16
 """ONNX's numbers of the types that NumPy lacks."""
 
-_LEVELS = {
-    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
-    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
-    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
-    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
-}
-
-_ORT_TEXT = re.compile(r"\[ONNXRuntimeError\] : \d+ : (\w+)")
 _ORT_NODE = re.compile(r"while running (\w+) node")
 
 
@@ -69,10 +70,26 @@ class RunError(Exception):
     def from_runtime(cls, error: Exception) -> RunError:
         """From what ONNX Runtime raised: its texts may quote tensor values and paths."""
         text = str(error)
-        code = _ORT_TEXT.search(text)
+        code = ERROR_CODE.search(text)
         node = _ORT_NODE.search(text)
         where = f" in a {node[1]} node" if node else ""
         return cls(text, f"ONNX Runtime failed ({code[1] if code else 'UNKNOWN'}){where}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Copied:
+    """A slot that is run by way of the GPU's memory, all of it waited for: what `ModelSession.bind` gives.
+
+    What the model does not write of its outputs stays as it was in the slot, as on a CPU.
+    """
+
+    on_gpu: ort.IOBinding
+    slot: Fragment
+    workspace: Workspace
+
+
+Binding: TypeAlias = Any
+"""A binding of ONNX Runtime's, or a `_Copied`."""
 
 
 class ModelSession:
@@ -89,7 +106,7 @@ class ModelSession:
 
     def __init__(self, path: Path, facts: ModelFacts, execution: Execution) -> None:
         ort.disable_telemetry_events()
-        self._session = _open(path, facts, execution)
+        self._session, self.gpu = open_session(path, facts, execution)
         count = len(self._session.get_inputs()) + len(self._session.get_outputs())
         if count > MAX_TENSORS:
             raise LoadError(f"it has {count} inputs and outputs, of {MAX_TENSORS} at most")
@@ -103,42 +120,126 @@ class ModelSession:
             self.inputs += tuple(_spec("input", arg, facts, optional=True) for arg in defaults)
         self._specs = {spec.name: spec for spec in self.inputs}
         self._output_names = [spec.name for spec in self.outputs]
-        self._run_options = ort.RunOptions()
-        self._run_options.log_severity_level = LOG_FATAL_ONLY
-        # What an unset key means; ONNX Runtime 1.32's wrapper looks it up at each run, and finding it
-        # unset costs a C++ exception: 40 µs.
-        self._run_options.add_run_config_entry("gpu_graph_id", "0")
+        self._run_options = _run_options(NO_GRAPH)
+        self._launch_options = functools.lru_cache(maxsize=None)(
+            functools.partial(_run_options, is_awaited=False)
+        )
+        self._scratch = None if self.gpu is None else Workspace(self.gpu)
+        self._ordinal = 0 if self.gpu is None else self.gpu.ordinal
 
-    def bind(self, shape: SlotShape, rows: int, inputs_at: int, outputs_at: int) -> ort.IOBinding:
+    @functools.cached_property
+    def is_in_place(self) -> bool:
+        """Whether the device reads and writes this process's memory, so that bindings can be kept."""
+        return all(is_host for is_host, _ in self._locations())
+
+    @functools.cached_property
+    def is_on_gpu(self) -> bool:
+        """Whether all inputs and outputs are the GPU's, and it computes on the stream that it was given.
+
+        ONNX Runtime does some models' arithmetic on the CPU, such as that of shapes.
+        """
+        if self.gpu is None or not all(is_device for _, is_device in self._locations()):
+            return False
+        options = self._session.get_provider_options().get("CUDAExecutionProvider", {})
+        return bool(options.get("user_compute_stream") == str(self.gpu.compute_stream))
+
+    def _locations(self) -> Iterator[tuple[bool, bool]]:
+        """Of each input and output, whether it is in the CPU's memory, and whether in a device's own."""
+        session = self._session
+        for memory in (*session.get_input_memory_infos(), *session.get_output_memory_infos()):
+            is_host = memory.name.lower() == "cpu"
+            yield is_host, not is_host and memory.device_mem_type.name == "DEFAULT"
+
+    def bind(self, shape: SlotShape, rows: int, inputs_at: int, outputs_at: int) -> Binding:
         """Bind a slot's regions, given by address, for batches of `rows` rows.
 
-        The binding points into mapped memory: it must be dropped before the lane is unmapped. Where
-        `shape.outputs` is None the outputs are left to ONNX Runtime (`unbound_outputs`).
+        The binding points into mapped memory: it must be dropped before the lane is unmapped. It is for
+        one run unless the session `is_in_place`. Where `shape.outputs` is None the outputs are left to
+        ONNX Runtime (`unbound_outputs`).
         """
+        if self._scratch is None or not self.runs_on_gpu(shape):
+            return self._bind("cpu", 0, shape, rows, inputs_at, outputs_at)
+        slot = Fragment(shape, rows, inputs_at, outputs_at)
+        on_gpu = self.bind_on_gpu(shape, rows, *self._scratch.place(shape))
+        return _Copied(on_gpu, slot, self._scratch)
+
+    def runs_on_gpu(self, shape: SlotShape) -> bool:
+        """Whether batches of this shape can be bound to the GPU's memory: for `bind_on_gpu`."""
+        is_known = shape.outputs is not None and not any(p.spec.optional for p in shape.inputs)
+        return self.is_on_gpu and is_known
+
+    def bind_on_gpu(
+        self, shape: SlotShape, rows: int, inputs_at: int, outputs_at: int
+    ) -> ort.IOBinding:
+        """Bind addresses of the GPU's memory, laid out by `shape`, for `launch`; to be kept."""
+        return self._bind("cuda", self._ordinal, shape, rows, inputs_at, outputs_at)
+
+    def _bind(
+        self,
+        device: str,
+        ordinal: int,
+        shape: SlotShape,
+        rows: int,
+        inputs_at: int,
+        outputs_at: int,
+    ) -> ort.IOBinding:
         binding = self._session.io_binding()
         for p in shape.inputs:
-            binding.bind_input(
-                p.spec.name, "cpu", 0, _element(p.spec), p.dims(rows), inputs_at + p.offset
-            )
+            element, at = _element(p.spec), inputs_at + p.offset
+            binding.bind_input(p.spec.name, device, ordinal, element, p.dims(rows), at)
         if shape.outputs is None:
             self._bind_no_output(binding)
-        else:
-            for p in shape.outputs:
-                binding.bind_output(
-                    p.spec.name, "cpu", 0, _element(p.spec), p.dims(rows), outputs_at + p.offset
-                )
+            return binding
+        for p in shape.outputs:
+            element, at = _element(p.spec), outputs_at + p.offset
+            binding.bind_output(p.spec.name, device, ordinal, element, p.dims(rows), at)
         return binding
 
     def _bind_no_output(self, binding: ort.IOBinding) -> None:
         for name in self._output_names:
             binding.bind_output(name, "cpu")
 
-    def run(self, binding: ort.IOBinding) -> None:
+    def run(self, binding: Binding) -> None:
         """Run a bound batch. Raises RunError when the model fails on it."""
+        if isinstance(binding, _Copied):
+            self._run_copied(binding)
+            return
+        if not self.is_in_place:
+            binding.synchronize_inputs()  # they were copied when they were bound
+        self._run(binding, self._run_options)
+
+    def launch(self, binding: ort.IOBinding, graph: int = NO_GRAPH) -> None:
+        """Queue a run of what `bind_on_gpu` bound on the GPU's compute stream.
+
+        Args:
+            binding: what to run.
+            graph: the number of the CUDA graph to capture, or to replay if it was; it belongs to this
+                binding's addresses and dims.
+
+        Raises:
+            RunError: the model fails on it. What fails later shows when the stream is waited for.
+        """
+        self._run(binding, self._launch_options(graph))
+
+    def _run(self, binding: ort.IOBinding, options: ort.RunOptions) -> None:
         try:
-            self._session.run_with_iobinding(binding, self._run_options)
+            self._session.run_with_iobinding(binding, options)
         except Exception as error:  # ONNX Runtime raises classes of its own from C++
             raise RunError.from_runtime(error) from None
+
+    def _run_copied(self, copied: _Copied) -> None:
+        workspace, slot = copied.workspace, copied.slot
+        gpu, parts = workspace.gpu, (slot,)
+        try:
+            workspace.copy_former_outputs(slot.shape, parts)
+            workspace.copy_in(slot.shape, parts, slot.rows)
+            gpu.wait_in(gpu.compute_stream, workspace.copied_in)
+            self._run(copied.on_gpu, self._run_options)
+            gpu.record(workspace.computed, gpu.compute_stream)
+            workspace.copy_out(slot.shape, parts)
+            gpu.drain()
+        except cuda.CudaError as error:
+            raise RunError(str(error), GPU_FAILED) from None
 
     def unbound_outputs(self, binding: ort.IOBinding) -> list[Array]:
         """The outputs of a run that were left to ONNX Runtime, in the signature's order.
@@ -186,6 +287,17 @@ class ModelSession:
         except Exception as error:  # ONNX Runtime raises classes of its own from C++
             raise RunError.from_runtime(error) from None
         return [strings.as_bytes(np.asarray(o)) if o.dtype == object else o for o in outputs]
+
+
+def _run_options(graph: int, *, is_awaited: bool = True) -> ort.RunOptions:
+    options = ort.RunOptions()
+    options.log_severity_level = LOG_FATAL_ONLY
+    # ONNX Runtime 1.32's wrapper looks it up at each run, and finding it unset costs a C++ exception:
+    # 40 µs. Unset, it would be 0, and where CUDA graphs are on, the first run would be captured.
+    options.add_run_config_entry("gpu_graph_id", str(graph))
+    if not is_awaited:
+        options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+    return options
 
 
 def _copies(arrays: list[Array]) -> list[Array]:
@@ -240,98 +352,6 @@ def _copy(value: ort.OrtValue, spec: TensorSpec) -> Array:
         raise RunError(
             f"an output has dims that cannot be handed over ({len(dims)} of them)"
         ) from None
-
-
-def _open(path: Path, facts: ModelFacts, execution: Execution) -> ort.InferenceSession:
-    device = Device(execution.device)
-    if hasattr(ort, "preload_dlls") and execution.device.startswith("cuda"):
-        ort.preload_dlls()
-    if device.provider not in ort.get_available_providers():
-        raise LoadError(
-            f"device {execution.device} needs {device.provider}, which this ONNX Runtime does not "
-            f"have: install a build that has it (for CUDA 'inference-gateway[gpu]' in place of [cpu])"
-        )
-    session = _open_cached(path, facts, execution)
-    if device.provider not in session.get_providers():
-        # ONNX Runtime falls back to the CPU in silence.
-        raise LoadError(
-            f"device {execution.device}: {device.provider} did not load; are its driver and its "
-            f"libraries there?"
-        )
-    return session
-
-
-def _open_cached(path: Path, facts: ModelFacts, execution: Execution) -> ort.InferenceSession:
-    """Open the optimised graph of an earlier load, else the model, keeping its optimised graph."""
-    entry = None
-    if execution.cache_folder is not None and execution.graph_optimization != "disabled":
-        made_with = {"runtime": ort.__version__, **execution.shapes_graph()}
-        entry = graphcache.entry(Path(execution.cache_folder), path, facts, made_with)
-    if entry is None:
-        return _start(path, execution)
-    if graphcache.is_usable(entry):
-        with suppress(LoadError):  # refused all the same: it is made again
-            return _start(entry, execution, is_optimized=True)
-    made = entry.with_suffix(f".{os.getpid()}")
-    try:
-        session = _start(path, execution, optimized=made)
-        graphcache.keep(made, entry)
-    except LoadError:
-        session = _start(path, execution)  # not every provider's graph can be written down
-    finally:
-        with suppress(OSError):
-            made.unlink(missing_ok=True)
-    return session
-
-
-def _start(
-    path: Path,
-    execution: Execution,
-    *,
-    is_optimized: bool = False,
-    optimized: Path | None = None,
-) -> ort.InferenceSession:
-    """Open a graph; write it, once optimised, to ``optimized``."""
-    device = Device(execution.device)
-    providers: list[Any] = [
-        (device.provider, device.own_options | dict(execution.provider_options))
-    ]
-    if device.provider != "CPUExecutionProvider":
-        providers.append("CPUExecutionProvider")
-    try:
-        options = _options(execution)
-        if is_optimized:
-            options.graph_optimization_level = _LEVELS["disabled"]
-        if optimized is not None:
-            options.optimized_model_filepath = os.fspath(optimized)
-        return ort.InferenceSession(os.fspath(path), options, providers=providers)
-    except Exception as error:  # ONNX Runtime raises classes of its own from C++
-        code = _ORT_TEXT.search(str(error))
-        raise LoadError(
-            f"ONNX Runtime refused the model ({code[1] if code else 'UNKNOWN'})",
-            " ".join(str(error).split()),
-        ) from None
-
-
-def _options(execution: Execution) -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = execution.threads
-    options.inter_op_num_threads = execution.inter_op_threads
-    options.log_severity_level = LOG_FATAL_ONLY
-    options.enable_mem_pattern = execution.memory_pattern
-    options.enable_cpu_mem_arena = execution.cpu_arena
-    options.graph_optimization_level = _LEVELS[execution.graph_optimization]
-    if execution.execution_mode == "parallel":
-        options.execution_mode = ort.ExecutionMode.ORT_PARALLEL
-    # An idle server sleeps: spinning pool threads would burn a core between batches.
-    config = {
-        "session.intra_op.allow_spinning": "0",
-        "session.inter_op.allow_spinning": "0",
-        **dict(execution.config),
-    }
-    for key, value in config.items():
-        options.add_session_config_entry(key, value)
-    return options
 
 
 def _spec(role: str, arg: Any, facts: ModelFacts, *, optional: bool = False) -> TensorSpec:

@@ -121,6 +121,14 @@ class Instance(_Section):
     """ONNX Runtime threads in each worker; null: usable CPUs, shared by the model's CPU workers."""
     cpus: _Cpus | None = None
     """The CPUs that each worker may run on, a list such as 0-3,8; null: all."""
+    cuda_graphs: bool = False
+    """Whether a GPU replays what it did for each of allowed_batch_sizes instead of being told anew."""
+
+    @model_validator(mode="after")
+    def _graphs_are_cudas(self) -> Instance:
+        if self.cuda_graphs and not self.device.startswith("cuda:"):
+            raise ValueError(f"cuda_graphs must be false where device is {self.device}")
+        return self
 
 
 class Queue(_Section):
@@ -231,6 +239,8 @@ class ModelSettings(_Section):
     """How inputs of unlike lengths are padded to share a batch, by symbolic dim."""
     max_queue_delay_us: Annotated[int, _between(0, 60_000_000)] = 0
     """Time that an idle worker may hold a batch back for more rows; 0: never."""
+    slo_ms: Annotated[float, _between(1, 3_600_000, "a number")] | None = None
+    """Time from arrival to answer for which an idle worker may hold back rows; null: no such target."""
     instances: Annotated[tuple[Instance, ...], AfterValidator(_is_few)] = (Instance(),)
     """The worker processes of each served version, by kind."""
     queue: Queue = Queue()
@@ -257,6 +267,8 @@ class ModelSettings(_Section):
     @model_validator(mode="after")
     def _sizes_agree(self) -> ModelSettings:
         largest = self.allowed_batch_sizes[-1] if self.allowed_batch_sizes else None
+        if largest is None and any(instance.cuda_graphs for instance in self.instances):
+            raise ValueError("allowed_batch_sizes must be given where cuda_graphs is true")
         if largest is not None and self.max_batch_size == 0:
             raise ValueError("allowed_batch_sizes must be empty where max_batch_size is 0")
         if largest is not None and self.max_batch_size not in (None, largest):

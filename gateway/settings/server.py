@@ -67,6 +67,8 @@ class ServerSettings(BaseSettings, frozen=True, extra="forbid", use_attribute_do
     """Address the metrics port listens on."""
     metrics_port: Annotated[int, _between(0, 65535)] = 8002
     """Port of /metrics for Prometheus; 0: any free port."""
+    frontends: Annotated[int, _between(1, 64)] = 1
+    """Processes that share the data port, each with queues and slots of its own."""
     strict_readiness: bool = False
     """Whether a failed model without a ready version makes the server unready."""
     exit_on_error: bool = True
@@ -87,6 +89,8 @@ class ServerSettings(BaseSettings, frozen=True, extra="forbid", use_attribute_do
     """Longest request line, and longest header; not their sum."""
     keepalive_timeout_s: Annotated[float, _between(1, 3600, "a number")] = 75.0
     """Time that an idle connection is kept open."""
+    fast_lane: bool = True
+    """Whether plain inference requests are served without aiohttp; off, to compare the two."""
     lane_bytes: Annotated[int, _between(1 << 20, 1 << 36)] = 64 << 20
     """Budget of a lane's inputs, and of its outputs: one row must fit, and 8 slots are the least."""
     memory_bytes: _MemoryBytes | None = None

@@ -1,202 +1,275 @@
-"""Prometheus metrics and the counters behind the Open Inference Protocol's statistics.
+"""Prometheus metrics and the Open Inference Protocol's statistics, both read from the ledgers.
 
-One `Metrics` per front end owns the registry; one `VersionMetrics` per model version holds the labelled
-children, so that nothing is looked up per request.
+Nothing is kept here that is counted per request: front ends and workers count in shared memory
+(`gateway.telemetry.ledger`), and a scrape reads it. So every front end shows the same numbers, and they
+outlive the process that counted.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+from prometheus_client.utils import INF, floatToGoString
 
-from gateway.clock import NS_PER_S, wall_ms
+from gateway.clock import NS_PER_S
+from gateway.telemetry.ledger import BATCH_BUCKETS, DURATION_BUCKETS_S, Ledger, Snapshot
 
-DURATION_BUCKETS_S = (
-    0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
-)  # fmt: skip
-"""Upper bounds of the duration histograms: a small model answers in 100 µs, a large one in seconds."""
-
-BATCH_BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+OTHER_CODE = "other"
+"""The label of HTTP statuses that have no cell of their own."""
 
 _LABELS = ("model", "version")
 
+Labels = tuple[str, ...]
 
-@dataclass(slots=True)
+
+@dataclass(frozen=True, slots=True)
 class Duration:
     """How often, and how long in all."""
 
     count: int = 0
     ns: int = 0
 
-    def add(self, ns: int) -> None:
-        """One more."""
-        self.count += 1
-        self.ns += ns
 
-
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Statistics:
-    """What ``/v2/models/{m}/stats`` shows of a version, since its front end started.
+    """What ``/v2/models/{m}/stats`` shows of a version, since it was loaded.
 
     ``inference_count`` counts rows, ``execution_count`` batches; durations are of requests, and
-    ``batches`` maps a number of rows to the runs of that size.
+    ``batches`` maps a number of rows to the runs of that size (`ledger.MORE_ROWS`: and larger).
     """
 
-    last_inference_ms: int = 0
-    inference_count: int = 0
-    execution_count: int = 0
-    success: Duration = field(default_factory=Duration)
-    fail: Duration = field(default_factory=Duration)
-    queue: Duration = field(default_factory=Duration)
-    compute_infer: Duration = field(default_factory=Duration)
-    batches: dict[int, Duration] = field(default_factory=lambda: defaultdict(Duration))
+    last_inference_ms: int
+    inference_count: int
+    execution_count: int
+    success: Duration
+    fail: Duration
+    queue: Duration
+    compute_infer: Duration
+    batches: dict[int, Duration]
 
 
-class Metrics:
-    """The registry of one process and its metric families."""
+class Metrics(Collector):
+    """The registry of one front end, and the versions that it shows."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.requests = Counter(
-            "gateway_requests_total",
-            "Inference requests answered, by HTTP status.",
-            (*_LABELS, "code"),
-            registry=self.registry,
-        )
-        self.request_duration = self._histogram(
-            "gateway_request_duration_seconds",
-            "From the request's headers being read to its answer being encoded.",
-            DURATION_BUCKETS_S,
-        )
-        self.queue_duration = self._histogram(
-            "gateway_queue_duration_seconds",
-            "From a request's arrival to the begin of its batch's run.",
-            DURATION_BUCKETS_S,
-        )
-        self.compute_duration = self._histogram(
-            "gateway_compute_duration_seconds", "Run of a batch in a worker.", DURATION_BUCKETS_S
-        )
-        self.batch_rows = self._histogram(
-            "gateway_batch_size", "Rows of the batches that were run.", BATCH_BUCKETS
-        )
-        self.queue_depth = Gauge(
-            "gateway_queue_depth",
-            "Requests that no worker has taken yet.",
-            _LABELS,
-            registry=self.registry,
-        )
-        self.by_version = (
-            self.request_duration,
-            self.queue_duration,
-            self.compute_duration,
-            self.batch_rows,
-            self.queue_depth,
-        )
-        self.worker_up = Gauge(
-            "gateway_worker_up",
-            "Whether the worker of an instance is ready.",
-            (*_LABELS, "instance"),
-            registry=self.registry,
-        )
-        self.worker_restarts = Counter(
-            "gateway_worker_restarts_total",
-            "Workers started anew after a death.",
-            (*_LABELS, "instance"),
-            registry=self.registry,
-        )
+        self.registry.register(self)
+        self._versions: dict[tuple[str, int], VersionMetrics] = {}
 
     def version(self, model: str, version: int) -> VersionMetrics:
-        """The metrics of one version."""
-        return VersionMetrics(self, model, version)
+        """The metrics of one version, shown from now on in place of an earlier one's of that name."""
+        made = self._versions[model, version] = VersionMetrics(self, model, version)
+        return made
+
+    def forget(self, version: VersionMetrics) -> None:
+        """Show it no longer; nothing where it is not shown."""
+        key = version.model, version.version
+        if self._versions.get(key) is version:
+            del self._versions[key]
 
     def render(self) -> bytes:
         """The text that Prometheus scrapes."""
         return generate_latest(self.registry)
 
-    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, _LABELS, buckets=buckets, registry=self.registry)
+    def collect(self) -> Iterator[Metric]:
+        """Every family, as of now."""
+        families = _Families()
+        for version in self._versions.values():
+            labels = (version.model, str(version.version))
+            families.add(labels, version.ledger.read(), version.workers)
+        return families.all()
 
 
 class VersionMetrics:
-    """The metrics of one version of a model.
+    """The metrics of one version of a model, as one front end counts and sees them.
 
-    After `remove` it goes on counting in `statistics`, and no series of its version is made anew: requests
-    that name a version which is unloaded are answered, but not worth a series for ever.
+    Until the version is served there is no ledger to share, and after `remove` none any more: then it
+    counts in private memory, for `statistics` alone.
+
+    Attributes:
+        counters: where this front end counts. `attach` and `remove` put another in its place.
+        ledger: where everybody counts.
+        is_attached: whether that is memory which everybody shares.
+        workers: by instance, whether its worker is ready.
     """
 
     def __init__(self, metrics: Metrics, model: str, version: int) -> None:
         self._metrics = metrics
-        self._labels = labels = (model, str(version))
-        self._request = metrics.request_duration.labels(*labels)
-        self._queue = metrics.queue_duration.labels(*labels)
-        self._compute = metrics.compute_duration.labels(*labels)
-        self._rows = metrics.batch_rows.labels(*labels)
-        self._depth = metrics.queue_depth.labels(*labels)
-        self._codes: dict[int, Counter] = {}
-        self._instances: set[int] = set()
-        self._is_removed = False
-        self.statistics = Statistics()
+        self._frontend = 0
+        self.is_attached = False
+        self.model = model
+        self.version = version
+        self.workers: dict[int, bool] = {}
+        self.ledger = Ledger.private()
+        self.counters = self.ledger.requests(self._frontend)
 
-    def batch(self, rows: int, compute_ns: int) -> None:
-        """A batch was run."""
-        self._rows.observe(rows)
-        self._compute.observe(compute_ns / NS_PER_S)
-        self.statistics.execution_count += 1
-        self.statistics.batches[rows].add(compute_ns)
+    def attach(self, ledger: Ledger, frontend: int) -> None:
+        """Count where everybody does from now on, and take there what was counted before.
+
+        Args:
+            ledger: the version's.
+            frontend: index of this front end, whose section it writes.
+        """
+        counters = ledger.requests(frontend)
+        if not self.is_attached:
+            counters.absorb(self.counters)
+        self.is_attached = True
+        self._frontend = frontend
+        self.ledger, self.counters = ledger, counters
 
     def answered(self, rows: int, total_ns: int, queue_ns: int, compute_ns: int) -> None:
         """A request of `rows` rows was answered with its outputs."""
-        self._count(200)
-        self._request.observe(total_ns / NS_PER_S)
-        self._queue.observe(queue_ns / NS_PER_S)
-        statistics = self.statistics
-        statistics.last_inference_ms = wall_ms()
-        statistics.inference_count += rows
-        statistics.success.add(total_ns)
-        statistics.queue.add(queue_ns)
-        statistics.compute_infer.add(compute_ns)
+        self.counters.answered(rows, total_ns, queue_ns, compute_ns)
 
     def failed(self, code: int, total_ns: int) -> None:
         """A request ended with an error."""
-        self._count(code)
-        self._request.observe(total_ns / NS_PER_S)
-        self.statistics.fail.add(total_ns)
+        self.counters.failed(code, total_ns)
+
+    def batch(self, rows: int, compute_ns: int) -> None:
+        """Nothing: workers count their runs themselves."""
 
     def queue_depth(self, requests: int) -> None:
-        """How many requests wait."""
-        self._depth.set(requests)
+        """How many requests wait in this front end."""
+        self.counters.waiting = requests
 
-    def worker(self, instance: int, *, up: bool, restarted: bool = False) -> None:
+    def worker(self, instance: int, *, up: bool) -> None:
         """A worker came up or went."""
-        if self._is_removed:
-            return
-        self._instances.add(instance)
-        labels = (*self._labels, str(instance))
-        self._metrics.worker_up.labels(*labels).set(up)
-        restarts = self._metrics.worker_restarts.labels(*labels)
-        if restarted:
-            restarts.inc()
+        self.workers[instance] = up
 
     def remove(self) -> None:
-        """The version is unloaded: take its series out of what is scraped. Again: nothing."""
-        if self._is_removed:
-            return
-        self._is_removed = True
-        metrics, labels = self._metrics, self._labels
-        for code in self._codes:
-            metrics.requests.remove(*labels, str(code))
-        for instance in self._instances:
-            metrics.worker_up.remove(*labels, str(instance))
-            metrics.worker_restarts.remove(*labels, str(instance))
-        for family in metrics.by_version:
-            family.remove(*labels)
+        """The version is unloaded: let go of its ledger, and show it no longer. Again: nothing.
 
-    def _count(self, code: int) -> None:
-        counter = self._codes.get(code)
-        if counter is None:
-            if self._is_removed:
-                return
-            counter = self._codes[code] = self._metrics.requests.labels(*self._labels, str(code))
-        counter.inc()
+        It goes on counting: requests that name a version which is unloaded are answered, but not worth a
+        series for ever.
+        """
+        self._metrics.forget(self)
+        if self.is_attached:
+            self.is_attached = False
+            self.ledger = self.ledger.copy()
+            self.counters = self.ledger.requests(self._frontend)
+
+    @property
+    def statistics(self) -> Statistics:
+        """The protocol's statistics, as of now."""
+        snapshot = self.ledger.read()
+        requests, batches = snapshot.requests(), snapshot.batches()
+        return Statistics(
+            last_inference_ms=requests.last_inference_ms,
+            inference_count=requests.rows,
+            execution_count=batches.runs,
+            success=Duration(requests.succeeded, requests.success_ns),
+            fail=Duration(requests.failed, requests.fail_ns),
+            queue=Duration(requests.succeeded, requests.queue_ns),
+            compute_infer=Duration(requests.succeeded, requests.compute_ns),
+            batches={rows: Duration(*runs) for rows, runs in batches.by_rows.items()},
+        )
+
+
+class _Families:
+    """The metric families of one scrape."""
+
+    def __init__(self) -> None:
+        self._requests = CounterMetricFamily(
+            "gateway_requests",
+            "Inference requests answered, by HTTP status.",
+            labels=(*_LABELS, "code"),
+        )
+        self._request_duration = _histogram(
+            "gateway_request_duration_seconds",
+            "From the request's headers being read to its answer being encoded.",
+        )
+        self._queue_duration = _histogram(
+            "gateway_queue_duration_seconds",
+            "From a request's arrival to the begin of its batch's run.",
+        )
+        self._compute_duration = _histogram(
+            "gateway_compute_duration_seconds", "Run of a batch in a worker."
+        )
+        self._batch_rows = _histogram("gateway_batch_size", "Rows of the batches that were run.")
+        self._copied_rows = CounterMetricFamily(
+            "gateway_batch_copied_rows",
+            "Rows of batches that were put together from several slots.",
+            labels=_LABELS,
+        )
+        self._held = CounterMetricFamily(
+            "gateway_batch_held_seconds",
+            "Time that idle workers held batches back for more rows.",
+            labels=_LABELS,
+        )
+        self._queue_depth = GaugeMetricFamily(
+            "gateway_queue_depth", "Requests that no worker has taken yet.", labels=_LABELS
+        )
+        self._worker_up = GaugeMetricFamily(
+            "gateway_worker_up",
+            "Whether the worker of an instance is ready.",
+            labels=(*_LABELS, "instance"),
+        )
+        self._worker_restarts = CounterMetricFamily(
+            "gateway_worker_restarts",
+            "Workers started anew after a death.",
+            labels=(*_LABELS, "instance"),
+        )
+
+    def add(self, labels: Labels, snapshot: Snapshot, workers: dict[int, bool]) -> None:
+        """One version's series; `workers` says which instances are ready."""
+        requests, batches = snapshot.requests(), snapshot.batches()
+        for code, count in requests.by_code.items():
+            self._requests.add_metric((*labels, str(code or OTHER_CODE)), count)
+        _observed(
+            self._request_duration,
+            labels,
+            DURATION_BUCKETS_S,
+            requests.request_buckets,
+            (requests.success_ns + requests.fail_ns) / NS_PER_S,
+        )
+        for family, buckets, total_ns in (
+            (self._queue_duration, requests.queue_buckets, requests.queue_ns),
+            (self._compute_duration, batches.run_buckets, batches.run_ns),
+        ):
+            _observed(family, labels, DURATION_BUCKETS_S, buckets, total_ns / NS_PER_S)
+        _observed(self._batch_rows, labels, BATCH_BUCKETS, batches.row_buckets, batches.rows)
+        self._copied_rows.add_metric(labels, batches.copied_rows)
+        self._held.add_metric(labels, batches.held_ns / NS_PER_S)
+        self._queue_depth.add_metric(labels, requests.waiting)
+        for instance, is_up in sorted(workers.items()):
+            self._worker_up.add_metric((*labels, str(instance)), is_up)
+            self._worker_restarts.add_metric(
+                (*labels, str(instance)), max(0, snapshot.workers[instance].starts - 1)
+            )
+
+    def all(self) -> Iterator[Metric]:
+        """Each with its samples, in the order in which they are shown."""
+        yield from (
+            self._requests,
+            self._request_duration,
+            self._queue_duration,
+            self._compute_duration,
+            self._batch_rows,
+            self._copied_rows,
+            self._held,
+            self._queue_depth,
+            self._worker_up,
+            self._worker_restarts,
+        )
+
+
+def _histogram(name: str, text: str) -> HistogramMetricFamily:
+    return HistogramMetricFamily(name, text, labels=_LABELS)
+
+
+def _observed(
+    family: HistogramMetricFamily,
+    labels: Labels,
+    bounds: Sequence[float],
+    counts: Sequence[int],
+    total: float,
+) -> None:
+    """Add a histogram whose last count is of what exceeds every bound."""
+    names = map(floatToGoString, (*bounds, INF))
+    family.add_metric(labels, list(zip(names, accumulate(counts), strict=True)), total)

@@ -334,8 +334,8 @@ class Worker:
         threading.Thread(target=self.listen, daemon=True).start()
         consumer = self.consumer
         while True:
-            found = consumer.best()
-            if found is None:
+            taken = consumer.take(time.monotonic_ns(), False)
+            if taken is None:
                 consumer.announce()
                 found = consumer.best()
                 if found is None and not self.stopping:
@@ -344,15 +344,25 @@ class Worker:
                 consumer.retract()
                 if found is None:
                     return
-            key, slot, word, rows, capacity, oldest_ns, shape_id, _ = found
-            if consumer.seal(key, slot, word, time.monotonic_ns()):
-                consumer.pass_on()
+                continue
+            # As for a run of several slots: it may die with any of them sealed or published.
+            mates = [] if self.holds(*taken[0][:2]) else consumer.offers()
+            mates = [o for o in mates if not self.holds(*o[:2])]
+            mates = [o for o in mates if consumer.seal(*o[:3], time.monotonic_ns())]
+            sealed = [*mates[: self.plan.seat], taken[0], *mates[self.plan.seat :]]
+            started_ns = time.monotonic_ns()
+            for key, slot, _word, rows, capacity, oldest_ns, shape_id, *_ in sealed:
                 stated = (capacity, shape_id, consumer.dims(key, slot))
                 assert stated == (self.plan.capacity, oldest_ns + 1, (oldest_ns + 2,))
-                started_ns = time.monotonic_ns()
                 self.run(key, slot, rows)
-                finished_ns = time.monotonic_ns()
-                assert consumer.publish(key, slot, word, True, started_ns, finished_ns)
+            finished_ns = time.monotonic_ns()
+            for key, slot, word, *_ in sealed:
+                is_last = slot == sealed[-1][1] and key == sealed[-1][0]
+                assert consumer.publish(key, slot, word, True, started_ns, finished_ns, is_last)
+
+    def holds(self, lane: int, slot: int) -> bool:
+        """Whether the slot is one that keeps a worker to itself until every seat is taken."""
+        return self.lanes[lane][0][slot * self.plan.capacity] >= HOLD
 
     def run(self, lane: int, slot: int, rows: int) -> None:
         inputs, outputs, runs = self.lanes[lane]

@@ -177,11 +177,11 @@ def test_every_field_lies_where_the_layout_says(make: Callable[..., Ring]) -> No
     ring = make(slots=70, dims=9)
     raw, slot = ring.raw, 69
     assert len(ring.control) == 256 + 70 * 256
-    assert [raw.head(at) for at in (0, 4, 8, 12)] == [0x474E5247, 2, 70, 9]
+    assert [raw.head(at) for at in (0, 4, 8, 12)] == [0x474E5247, 3, 70, 9]
     dims = tuple(range(-4, 5))
-    ring.producer.open(slot, 3, 111, 222, 33, dims)
+    ring.producer.open(slot, 3, 111, 222, 33, dims, 444)
     assert raw.word(slot) == (OPEN, 0, 3, 0)
-    assert [raw.field(slot, at) for at in (8, 16, 24, 32)] == [111, 222, 33, 0]
+    assert [raw.field(slot, at) for at in (8, 16, 24, 32, 40)] == [111, 222, 33, 0, 444]
     ring.producer.complete(slot)
     assert raw.field(slot, 32) == 1
     assert raw.bits(twin.LANE_OPEN_BITS) == [slot]
@@ -404,7 +404,7 @@ def test_retry_keeps_rows_age_and_shape_and_another_worker_runs_it(ring: Ring) -
     ring.producer.retry(0)
     assert ring.producer.owner(0) == 0
     found = ring.other.best()
-    assert found == ("lane", 0, ring.word().pack(), 2, CAPACITY, 123, SHAPE_ID, True)
+    assert found == ("lane", 0, ring.word().pack(), 2, CAPACITY, 123, SHAPE_ID, True, 0)
     assert ring.other.seal("lane", 0, found[2], 1)
     assert ring.other.publish("lane", 0, found[2], True, 1, 2)
     assert ring.producer.owner(0) == INCARNATION + 1
@@ -540,6 +540,157 @@ def test_best_looks_across_lanes(make: Callable[..., Ring]) -> None:
         order.append(found[:2])
         assert ring.consumer.seal(*found[:3], 1)
     assert order == [("second", 63), ("second", 129), ("lane", 0), ("second", 64), ("lane", 3)]
+
+
+def test_offers_are_all_of_them_in_the_order_in_which_they_would_be_taken(
+    make: Callable[..., Ring],
+) -> None:
+    ring, second = make(), make(slots=2, dims=0)
+    ring.consumer.attach("second", second.control, 2, 0, second.bell)
+    assert ring.consumer.offers() == []
+    for slot, (rows, oldest_ns) in enumerate(((1, 10), (CAPACITY, 40), (1, 30), (1, 20))):
+        ring.open(slot, rows, oldest_ns)
+    second.producer.open(0, 1, 10, 1, 2)
+    second.producer.open(1, 1, 50, 1, 2)
+    ring.seal(3)
+    ring.producer.retry(3)
+    offers = ring.consumer.offers()
+    places = [("lane", 3), ("lane", 1), ("lane", 0), ("second", 0), ("lane", 2), ("second", 1)]
+    assert [offer[:2] for offer in offers] == places
+    for offer in offers:
+        assert ring.consumer.best() == offer
+        assert ring.consumer.seal(*offer[:3], 1)
+
+
+# --- Taking ------------------------------------------------------------------------------------
+
+
+def test_take_seals_what_best_would_show(ring: Ring) -> None:
+    assert ring.consumer.take(7, False) is None
+    ring.open()
+    best = ring.consumer.best()
+    assert ring.consumer.take(7, False) == (best, True)
+    assert ring.producer.phase(0) == SEALED
+    assert ring.front.seats(ring.board)[0] == (INCARNATION, 0, 7, False)
+    assert ring.consumer.take(8, False) is None
+
+
+@pytest.mark.parametrize(
+    ("due_ns", "may_hold", "is_taken"), [(0, False, True), (0, True, False), (9, False, False)]
+)
+def test_take_leaves_alone_what_may_be_held_back(
+    ring: Ring, due_ns: int, may_hold: bool, is_taken: bool
+) -> None:
+    ring.producer.open(0, 1, 5, SHAPE_ID, CAPACITY, (), due_ns)
+    best = ring.consumer.best()
+    assert ring.consumer.take(7, may_hold) == (best, is_taken)
+    assert ring.producer.phase(0) == (SEALED if is_taken else OPEN)
+
+
+def test_take_seals_what_is_complete_whatever_it_may_hold(ring: Ring) -> None:
+    ring.producer.open(0, CAPACITY, 5, SHAPE_ID, CAPACITY, (), 9)
+    ring.producer.open(1, 1, 6, SHAPE_ID, CAPACITY, (), 9)
+    ring.producer.complete(1)
+    ring.reach("RETRY", 2)
+    assert [ring.consumer.take(7, True)[0][1] for _ in range(3)] == [2, 0, 1]
+
+
+def test_take_wakes_another_worker_where_there_is_more(ring: Ring) -> None:
+    ring.other.announce()
+    ring.open(0)
+    assert ring.consumer.take(7, False)
+    assert ring.is_waiting() == [False, True]
+    ring.open(1)
+    ring.open(2)
+    assert ring.consumer.take(7, False)
+    assert ring.is_waiting() == [False, False]
+
+
+def test_the_earliest_due_time_is_the_slots(ring: Ring) -> None:
+    ring.producer.open(0, 1, 5, SHAPE_ID, CAPACITY, ())
+    seen = []
+    for due_ns in (0, 50, 0, 70, 30):
+        assert ring.producer.append(0, 1, due_ns)
+        seen.append(ring.consumer.best()[8])
+    assert seen == [0, 50, 50, 50, 30]
+    ring.seal(0)
+    assert not ring.producer.append(0, 1, 10)
+
+
+def test_a_due_time_ends_with_the_slots_use(ring: Ring) -> None:
+    ring.producer.open(0, 1, 5, SHAPE_ID, CAPACITY, (), 9)
+    assert ring.publish(0, ring.seal(0))
+    ring.producer.free(0)
+    ring.open()
+    assert ring.consumer.best()[8] == 0
+
+
+def test_a_worker_is_busy_from_its_first_slot_to_the_last_of_its_run(ring: Ring) -> None:
+    for slot in range(3):
+        ring.open(slot)
+    words = [ring.word(slot).pack() for slot in range(3)]
+    assert ring.consumer.seal("lane", 0, words[0], 10)
+    assert ring.consumer.seal("lane", 1, words[1], 20)
+    assert ring.other.seal("lane", 2, words[2], 30)
+    assert not ring.consumer.seal("lane", 2, words[2], 40)
+    assert ring.front.seats(ring.board)[0] == (INCARNATION, 0, 10, False)
+    assert ring.consumer.publish("lane", 1, words[1], True, 50, 60, False)
+    assert ring.front.seats(ring.board)[0] == (INCARNATION, 0, 10, False)
+    assert ring.consumer.publish("lane", 0, words[0], True, 50, 60)
+    assert ring.front.seats(ring.board)[0] == (INCARNATION, 1, 0, False)
+
+
+def test_a_worker_that_holds_another_batch_is_busy_since_that_one(ring: Ring) -> None:
+    ring.open(0)
+    word = ring.seal(0)
+    assert ring.publish(0, word)
+    assert ring.front.seats(ring.board)[0][1:3] == (1, 0)
+    ring.consumer.stay_busy(77)
+    assert ring.front.seats(ring.board)[0][1:3] == (1, 77)
+
+
+def test_a_dead_workers_slots_in_two_lanes_are_each_front_ends_to_rerun(
+    make: Callable[..., Ring],
+) -> None:
+    ring, second = make(), make()
+    ring.consumer.attach("second", second.control, SLOTS, DIMS, second.bell)
+    ring.open(0)
+    second.open(1)
+    for offer in ring.consumer.offers():
+        assert ring.consumer.seal(*offer[:3], 1)
+    # It dies here: it publishes nothing, and its number is not used again.
+    for lane, slot in ((ring, 0), (second, 1)):
+        assert [lane.producer.owner(n) == INCARNATION for n in range(SLOTS)] == [
+            n == slot for n in range(SLOTS)
+        ]
+        lane.producer.retry(slot)
+    ring.other.attach("second", second.control, SLOTS, DIMS, second.bell)
+    taken = [ring.other.take(2, False) for _ in range(3)]
+    assert [found and found[0][:2] for found in taken] == [("lane", 0), ("second", 1), None]
+    for (key, slot, word, *_), _is_sealed in taken[:2]:
+        assert ring.other.publish(key, slot, word, True, 3, 4)
+    assert ring.producer.phase(0) == second.producer.phase(1) == DONE
+
+
+def test_others_wait(ring: Ring) -> None:
+    assert not ring.consumer.others_wait()
+    ring.consumer.announce()
+    assert not ring.consumer.others_wait()
+    ring.other.announce()
+    assert ring.consumer.others_wait()
+
+
+@pytest.mark.parametrize(
+    ("recommended", "best"), [((0, 0), 0), ((8, 0), 0), ((8, 4), 8), ((8, 8), 8)]
+)
+def test_slots_are_closed_where_every_worker_knows_better(
+    ring: Ring, recommended: tuple[int, int], best: int
+) -> None:
+    for consumer, rows in zip((ring.consumer, ring.other), recommended, strict=True):
+        consumer.recommend(rows)
+    assert ring.producer.best_rows() == best
+    ring.join(0, INCARNATION + 2)  # who has learned nothing yet
+    assert ring.producer.best_rows() == 0
 
 
 @pytest.mark.parametrize("phase", ["FREE", "EDIT", "SEALED", "DONE", "FAILED", "CORRUPT"])

@@ -93,6 +93,10 @@ SIGNALS: dict[str, Callable[[Side, int], Any]] = {
     "sleep": lambda side, who: side.consumers[who].sleep(1),  # until long ago: nobody else is here
     "nudge": lambda side, who: side.consumers[who].nudge(),
     "pass_on": lambda side, who: side.consumers[who].pass_on(),
+    "others_wait": lambda side, who: side.consumers[who].others_wait(),
+    "offers": lambda side, who: side.consumers[who].offers(),
+    "recommend": lambda side, who: side.consumers[who].recommend(who + 3),
+    "best_rows": lambda side, lane: side.producers[lane].best_rows(),
 }
 """What says something to the other side, of lane 0 or 1 or from seat 0 or 1."""
 
@@ -163,19 +167,19 @@ class KernelAndTwin(RuleBasedStateMachine):
     # The front end.
 
     @in_phase(FREE)
-    @rule(pick=picks, rows=some_rows, oldest_ns=times_ns, shape_id=times_ns)
-    def open(self, pick: int, rows: int, oldest_ns: int, shape_id: int) -> None:
+    @rule(pick=picks, rows=some_rows, oldest_ns=times_ns, shape_id=times_ns, due_ns=times_ns)
+    def open(self, pick: int, rows: int, oldest_ns: int, shape_id: int, due_ns: int) -> None:
         lane, slot = self.picked(pick, FREE)
-        arguments = (slot, rows, oldest_ns, shape_id, CAPACITY, (shape_id,))
+        arguments = (slot, rows, oldest_ns, shape_id, CAPACITY, (shape_id,), due_ns)
         if self.both(lambda side: side.producers[lane].open(*arguments)) is None:
             self.ledger.add((lane, slot), rows)
 
     @in_phase(OPEN, SEALED, DONE, FAILED)
-    @rule(pick=picks, rows=some_rows)
-    def append(self, pick: int, rows: int) -> None:
+    @rule(pick=picks, rows=some_rows, due_ns=times_ns)
+    def append(self, pick: int, rows: int, due_ns: int) -> None:
         """Also to slots that were sealed without the front end's knowing."""
         lane, slot = self.picked(pick, OPEN, SEALED, DONE, FAILED)
-        if self.both(lambda side: side.producers[lane].append(slot, rows)) is True:
+        if self.both(lambda side: side.producers[lane].append(slot, rows, due_ns)) is True:
             self.ledger.add((lane, slot), rows)
 
     @in_phase(OPEN, SEALED)
@@ -229,22 +233,41 @@ class KernelAndTwin(RuleBasedStateMachine):
             return
         lane, slot, word, rows, *_ = self.seen[who]
         if self.both(lambda side: side.consumers[who].seal(lane, slot, word, now_ns)) is True:
-            self.sealed[lane, slot] = (who, word)
-            self.both(lambda side: side.consumers[who].dims(lane, slot))
-            if not self.scribbles:
-                ids = self.ledger.in_slot[lane, slot]
-                self.ledger.taken.update(ids)
-                assert len(ids) == rows
+            self.was_sealed(who, lane, slot, word, rows)
+
+    @in_phase(OPEN, RETRY)
+    @rule(who=consumers, now_ns=times_ns, may_hold=st.booleans())
+    def take(self, who: int, now_ns: int, may_hold: bool) -> None:
+        taken = self.both(lambda side: side.consumers[who].take(now_ns, may_hold))
+        if taken is not None and taken[1]:
+            lane, slot, word, rows, *_ = taken[0]
+            self.was_sealed(who, lane, slot, word, rows)
+
+    def was_sealed(self, who: int, lane: int, slot: int, word: int, rows: int) -> None:
+        self.sealed[lane, slot] = (who, word)
+        self.both(lambda side: side.consumers[who].dims(lane, slot))
+        if not self.scribbles:
+            ids = self.ledger.in_slot[lane, slot]
+            self.ledger.taken.update(ids)
+            assert len(ids) == rows
 
     @precondition(lambda self: self.sealed.keys() & self.places(SEALED))
-    @rule(pick=picks, late=st.booleans(), ok=st.booleans(), times=st.tuples(times_ns, times_ns))
-    def publish(self, pick: int, late: bool, ok: bool, times: tuple[int, int]) -> None:
+    @rule(
+        pick=picks,
+        late=st.booleans(),
+        ok=st.booleans(),
+        times=st.tuples(times_ns, times_ns),
+        is_last=st.booleans(),
+    )
+    def publish(
+        self, pick: int, late: bool, ok: bool, times: tuple[int, int], is_last: bool
+    ) -> None:
         """What its last sealer has sealed; if late, even when it has been published since."""
         sealed = self.places(SEALED)
         fitting = [at for at in self.sealed if late or at in sealed]
         lane, slot = fitting[pick % len(fitting)]
         who, word = self.sealed[lane, slot]
-        self.both(lambda side: side.consumers[who].publish(lane, slot, word, ok, *times))
+        self.both(lambda side: side.consumers[who].publish(lane, slot, word, ok, *times, is_last))
 
     @in_phase(SEALED)
     @rule(pick=picks)

@@ -19,17 +19,17 @@ MAX_ROWS = 0xFFFF
 MAX_INCARNATION = 0xFFF
 
 MAGIC = 0x474E5247
-VERSION = 2
+VERSION = 3
 LINE = 64
 
 # Byte offsets of a lane's head (four 32-bit words, one more, two bitmaps) and its size.
 LANE_MAGIC, LANE_LAYOUT, LANE_SLOTS, LANE_DIMS = 0, 4, 8, 12
 LANE_ARMED, LANE_OPEN_BITS, LANE_DONE_BITS, LANE_BYTES = 64, 128, 192, 256
 # Of a slot's record (64-bit words), which its dims follow.
-SLOT_WORD, SLOT_OLDEST, SLOT_SHAPE, SLOT_CAPACITY, SLOT_COMPLETE = 0, 8, 16, 24, 32
+SLOT_WORD, SLOT_OLDEST, SLOT_SHAPE, SLOT_CAPACITY, SLOT_COMPLETE, SLOT_DUE = 0, 8, 16, 24, 32, 40
 SLOT_STARTED, SLOT_FINISHED, SLOT_BYTES = 64, 72, 128
-# Of a seat: two 32-bit words, two of 64 bits.
-SEAT_STATE, SEAT_INCARNATION, SEAT_BATCHES, SEAT_BUSY, SEAT_BYTES = 0, 4, 8, 16, 64
+# Of a seat: two 32-bit words, two of 64 bits, one of 32.
+SEAT_STATE, SEAT_INCARNATION, SEAT_BATCHES, SEAT_BUSY, SEAT_BEST, SEAT_BYTES = 0, 4, 8, 16, 24, 64
 
 LAYOUT = {
     "magic": MAGIC,
@@ -188,6 +188,12 @@ class Board:
     def set_incarnation(self, seat: int, incarnation: int) -> None:
         self.memory.u32[(seat * SEAT_BYTES + SEAT_INCARNATION) // 4] = incarnation
 
+    def best_rows(self, seat: int) -> int:
+        return self.memory.u32[(seat * SEAT_BYTES + SEAT_BEST) // 4]
+
+    def set_best_rows(self, seat: int, rows: int) -> None:
+        self.memory.u32[(seat * SEAT_BYTES + SEAT_BEST) // 4] = rows
+
     def field(self, seat: int, offset: int) -> int:
         return self.memory.u64[(seat * SEAT_BYTES + offset) // 8]
 
@@ -257,9 +263,10 @@ class Producer:
         shape_id: int,
         capacity: int,
         dims: Sequence[int] = (),
+        due_ns: int = 0,
     ) -> None:
         rows = unsigned(rows, 32)
-        fields = [unsigned(field, 64) for field in (oldest_ns, shape_id, capacity)]
+        fields = [unsigned(field, 64) for field in (oldest_ns, shape_id, capacity, due_ns)]
         mirror = self.mirror(slot)
         if mirror.phase != FREE:
             raise ValueError("not FREE")
@@ -270,19 +277,22 @@ class Producer:
         self.lane.dims(slot)[: len(dims)] = memoryview(bytes(8 * len(dims))).cast("q")
         for i, dim in enumerate(dims):
             self.lane.dims(slot)[i] = dim
-        for offset, field in zip((SLOT_OLDEST, SLOT_SHAPE, SLOT_CAPACITY), fields, strict=True):
+        offsets = (SLOT_OLDEST, SLOT_SHAPE, SLOT_CAPACITY, SLOT_DUE)
+        for offset, field in zip(offsets, fields, strict=True):
             self.lane.set_field(slot, offset, field)
         self.lane.set_field(slot, SLOT_COMPLETE, 0)
         mirror.capacity = capacity
         self.publish(slot, OPEN, rows)
 
-    def append(self, slot: int, rows: int) -> bool:
-        rows = unsigned(rows, 32)
+    def append(self, slot: int, rows: int, due_ns: int = 0) -> bool:
+        rows, due_ns = unsigned(rows, 32), unsigned(due_ns, 64)
         mirror = self.mirror(slot)
         if mirror.phase != OPEN:
             raise ValueError("not OPEN")
         if not 1 <= rows <= mirror.capacity - mirror.rows:
             raise ValueError("rows")
+        if due_ns and due_ns < (self.lane.field(slot, SLOT_DUE) or 1 << 64):
+            self.lane.set_field(slot, SLOT_DUE, due_ns)
         expected = mirror.word()
         if not self.lane.compare_and_swap(
             slot, expected, expected._replace(rows=mirror.rows + rows)
@@ -368,10 +378,20 @@ class Producer:
         self.lane.check(0)
         return self.board.wake_one()
 
+    def best_rows(self) -> int:
+        self.lane.check(0)
+        occupied = [n for n in range(self.board.count) if self.board.incarnation(n)]
+        stated = [self.board.best_rows(n) for n in occupied]
+        return max(stated, default=0) if all(stated) else 0
+
     def wake_all(self) -> None:
         self.lane.check(0)
         while self.board.wake_one():
             pass
+
+
+# key, slot, word, rows, capacity, oldest_ns, shape_id, is_complete, due_ns
+Offered = tuple[Hashable, int, int, int, int, int, int, bool, int]
 
 
 class Consumer:
@@ -390,6 +410,7 @@ class Consumer:
         self.bells: dict[Hashable, int] = {}
         self.board.set_field(seat, SEAT_BATCHES, 0)
         self.board.set_field(seat, SEAT_BUSY, 0)
+        self.board.set_best_rows(seat, 0)
         self.board.set_incarnation(seat, incarnation)
         self.board.set_state(seat, RUNNING)
 
@@ -408,7 +429,10 @@ class Consumer:
         self.lanes.pop(key).memory.close()
         del self.bells[key]
 
-    def best(self) -> tuple[Hashable, int, int, int, int, int, int, bool] | None:
+    def best(self) -> Offered | None:
+        return next(iter(self.offers()), None)
+
+    def offers(self) -> list[Offered]:
         found = []
         for order, (key, lane) in enumerate(self.lanes.items()):
             for slot in lane.bits(LANE_OPEN_BITS):
@@ -419,11 +443,24 @@ class Consumer:
                     rank = 0 if word.phase == RETRY else 1 if is_complete else 2
                     oldest_ns = lane.field(slot, SLOT_OLDEST)
                     found.append((rank, oldest_ns, order, slot, key, lane, word))
-        if not found:
+        offers = []
+        for rank, oldest_ns, _, slot, key, lane, word in sorted(found, key=lambda entry: entry[:4]):
+            capacity, shape_id = lane.field(slot, SLOT_CAPACITY), lane.field(slot, SLOT_SHAPE)
+            stated = (word.pack(), word.rows, capacity, oldest_ns, shape_id)
+            offers.append((key, slot, *stated, rank < 2, lane.field(slot, SLOT_DUE)))
+        return offers
+
+    def take(self, now_ns: int, may_hold: bool) -> tuple[Offered, bool] | None:
+        unsigned(now_ns, 64)
+        best = self.best()
+        if best is None:
             return None
-        rank, oldest_ns, _, slot, key, lane, word = min(found, key=lambda entry: entry[:4])
-        capacity, shape_id = lane.field(slot, SLOT_CAPACITY), lane.field(slot, SLOT_SHAPE)
-        return key, slot, word.pack(), word.rows, capacity, oldest_ns, shape_id, rank < 2
+        key, slot, word, *_, is_complete, due_ns = best
+        if not is_complete and (may_hold or due_ns):
+            return best, False
+        self.seal(key, slot, word, now_ns)
+        self.pass_on()
+        return best, True
 
     def seal(self, key: Hashable, slot: int, word: int, now_ns: int) -> bool:
         seen = Word.unpack(unsigned(word, 64))
@@ -434,9 +471,9 @@ class Consumer:
             raise ValueError("neither OPEN nor RETRY")
         sealed = seen._replace(phase=SEALED, owner=self.incarnation)
         if not lane.compare_and_swap(slot, seen, sealed):
-            self.board.set_field(self.seat, SEAT_BUSY, 0)
             return False
-        self.board.set_field(self.seat, SEAT_BUSY, now_ns)
+        if self.board.field(self.seat, SEAT_BUSY) == 0:
+            self.board.set_field(self.seat, SEAT_BUSY, now_ns)
         lane.clear_bit(LANE_OPEN_BITS, slot)
         return True
 
@@ -446,7 +483,14 @@ class Consumer:
         return tuple(lane.dims(slot))
 
     def publish(
-        self, key: Hashable, slot: int, word: int, ok: bool, started_ns: int, finished_ns: int
+        self,
+        key: Hashable,
+        slot: int,
+        word: int,
+        ok: bool,
+        started_ns: int,
+        finished_ns: int,
+        is_last: bool = True,
     ) -> bool:
         seen = Word.unpack(unsigned(word, 64))
         started_ns, finished_ns = unsigned(started_ns, 64), unsigned(finished_ns, 64)
@@ -454,8 +498,9 @@ class Consumer:
         lane.check(slot)
         lane.set_field(slot, SLOT_STARTED, started_ns)
         lane.set_field(slot, SLOT_FINISHED, finished_ns)
-        batches = self.board.field(self.seat, SEAT_BATCHES)
-        self.board.set_field(self.seat, SEAT_BATCHES, batches + 1)
+        if is_last:
+            batches = self.board.field(self.seat, SEAT_BATCHES)
+            self.board.set_field(self.seat, SEAT_BATCHES, batches + 1)
         sealed = seen._replace(phase=SEALED, owner=self.incarnation)
         published = lane.compare_and_swap(
             slot, sealed, sealed._replace(phase=DONE if ok else FAILED)
@@ -466,11 +511,22 @@ class Consumer:
                 lane.set_head(LANE_ARMED, 0)
                 with contextlib.suppress(OSError):
                     os.eventfd_write(self.bells[key], 1)
-        self.board.set_field(self.seat, SEAT_BUSY, 0)
+        if is_last:
+            self.board.set_field(self.seat, SEAT_BUSY, 0)
         return published
+
+    def stay_busy(self, since_ns: int) -> None:
+        self.board.set_field(self.seat, SEAT_BUSY, unsigned(since_ns, 64))
 
     def pass_on(self) -> bool:
         return self.best() is not None and self.board.wake_one(but=self.seat)
+
+    def others_wait(self) -> bool:
+        others = set(range(self.board.count)) - {self.seat}
+        return any(self.board.state(seat) == WAITING for seat in others)
+
+    def recommend(self, rows: int) -> None:
+        self.board.set_best_rows(self.seat, unsigned(rows, 32))
 
     def announce(self) -> None:
         self.board.set_state(self.seat, WAITING)

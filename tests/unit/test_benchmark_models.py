@@ -14,7 +14,7 @@ onnxruntime = pytest.importorskip(
 )
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "models.py"
-NAMES = ("mlp16", "mlp784", "encoder", "echo", "gather", "dynamic", "multi", "slow")
+NAMES = ("mlp16", "mlp784", "encoder", "image", "echo", "gather", "dynamic", "multi", "slow")
 BATCHES = (1, 2, 7)
 
 
@@ -69,6 +69,7 @@ def example(name, batch):
         "mlp16": ("x", (16,)),
         "mlp784": ("x", (784,)),
         "encoder": ("tokens_embedding", (32, 384)),
+        "image": ("x", (3, 224, 224)),
         "echo": ("x", (16,)),
         "dynamic": ("x", (5,)),
         "slow": ("x", (4,)),
@@ -153,6 +154,8 @@ def expected(name, inputs, path):
             return {"y": softmax(mlp(path, first))}
         case "encoder":
             return {"hidden": encoder(path, first)}
+        case "image":
+            return {"y": mlp(path, first.mean(axis=(2, 3), dtype=np.float64))}
         case "echo":
             return {"y": 2 * first + 1, "row_sum": first.sum(axis=1)}
         case "gather":

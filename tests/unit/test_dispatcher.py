@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from gateway.errors import (
     Unavailable,
 )
 from gateway.protocols.call import InferCall, InputTensor, OutputTensor, check_call
-from gateway.serving import descriptors, geometry, memory, spill, strings
+from gateway.serving import deadlines, descriptors, geometry, memory, spill, strings
 from gateway.serving import queue as queue_module
 from gateway.serving.attached import AttachedLane
 from gateway.serving.channel import Channel
@@ -60,8 +61,8 @@ class Loop:
     def call_soon(self, function, *args) -> None:
         function(*args)
 
-    def call_later(self, delay_s, function, request):
-        entry = (delay_s, function, request)
+    def call_later(self, delay_s, function, *args):
+        entry = (delay_s, function, args)
         self.pending.append(entry)
         pending = self.pending
 
@@ -73,8 +74,15 @@ class Loop:
         return Handle()
 
     def fire(self) -> None:
-        for _delay_s, function, request in list(self.pending):
-            function(request)
+        """Let the time of all that is pending come."""
+        with patch.object(deadlines, "monotonic_ns", lambda: 1 << 62):
+            self._fire()
+
+    def _fire(self) -> None:
+        for entry in list(self.pending):
+            _delay_s, function, args = entry
+            self.pending.remove(entry)
+            function(*args)
 
 
 @dataclass
@@ -715,7 +723,7 @@ def test_a_full_slot_stays_complete_when_a_request_leaves_it(make_bench):
     outcomes = [bench.ask(i) for i in range(5)]  # the fifth closes the slot of the others
     bench.dispatcher.cancel(outcomes[1].request)
     bench.workers[0].read_mail()
-    _key, _slot, _word, rows, *_, is_complete = bench.workers[0].consumer.best()
+    _key, _slot, _word, rows, *_, is_complete, _due_ns = bench.workers[0].consumer.best()
     assert (rows, is_complete) == (3, True)
 
 

@@ -14,7 +14,7 @@ import onnx
 import pytest
 from onnx.external_data_helper import convert_model_to_external_data
 
-from gateway.serving import graphcache, onnxfile, session
+from gateway.serving import graphcache, onnxfile, session_opening
 from gateway.serving.graphcache import KEPT_ENTRIES, SMALLEST_CACHED_BYTES
 from gateway.serving.plan import Execution
 from gateway.serving.session import ModelSession
@@ -51,13 +51,13 @@ def folder(tmp_path):
 def opened(monkeypatch):
     """The files that ONNX Runtime opened, in order."""
     seen = []
-    start = session._start
+    start = session_opening._start
 
     def spy(path, *args, **options):
         seen.append(path)
         return start(path, *args, **options)
 
-    monkeypatch.setattr(session, "_start", spy)
+    monkeypatch.setattr(session_opening, "_start", spy)
     return seen
 
 
@@ -90,10 +90,10 @@ def test_an_entry_serves_other_processes(model, folder):
     code = textwrap.dedent(f"""
         from pathlib import Path
         import numpy as np
-        from gateway.serving import onnxfile, session
+        from gateway.serving import onnxfile, session, session_opening
         from gateway.serving.plan import Execution
-        start, path = session._start, Path({str(model)!r})
-        session._start = lambda path, *a, **o: print(path.name) or start(path, *a, **o)
+        start, path = session_opening._start, Path({str(model)!r})
+        session_opening._start = lambda path, *a, **o: print(path.name) or start(path, *a, **o)
         x = np.linspace(-1, 1, 3 * 512, dtype=np.float32).reshape(3, 512)
         execution = Execution(cache_folder={str(folder)!r})
         opened = session.ModelSession(path, onnxfile.examine(path), execution)
@@ -235,15 +235,15 @@ def test_a_damaged_entry_is_replaced_unread_with_a_warning(model, folder, opened
 def test_an_entry_that_is_whole_and_refused_is_made_again(model, folder, opened, monkeypatch):
     load(model, folder)
     (entry,) = entries(folder)
-    start = session._start
+    start = session_opening._start
 
     def refuse(path, *args, **options):
         made = start(path, *args, **options)
         if path == entry:
-            raise session.LoadError("not with this runtime")
+            raise session_opening.LoadError("not with this runtime")
         return made
 
-    monkeypatch.setattr(session, "_start", refuse)
+    monkeypatch.setattr(session_opening, "_start", refuse)
     assert run(load(model, folder)) == run(load(model, None))
     assert opened == [model, entry, model, model]
 
@@ -275,15 +275,15 @@ def test_an_entry_that_cannot_be_put_in_place_leaves_nothing(model, folder, monk
 
 def test_a_model_that_cannot_be_written_down_leaves_nothing(model, folder, monkeypatch, opened):
     """As with a provider that compiles parts of the graph."""
-    start = session._start
+    start = session_opening._start
 
     def refuse(path, *args, optimized=None, **options):
         if optimized is not None:
             optimized.write_bytes(b"half of it")
-            raise session.LoadError("it cannot be serialised")
+            raise session_opening.LoadError("it cannot be serialised")
         return start(path, *args, **options)
 
-    monkeypatch.setattr(session, "_start", refuse)
+    monkeypatch.setattr(session_opening, "_start", refuse)
     assert run(load(model, folder)) == run(load(model, None))
     assert entries(folder) == []
 

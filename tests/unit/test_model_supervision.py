@@ -70,7 +70,13 @@ class World:
         self.forgotten = []
         other = lambda *_: None  # noqa: E731
         self.observer = VersionObserver(
-            other, other, other, other, self.on_routes, lambda v: self.forgotten.append(v.number)
+            tuple,
+            other,
+            other,
+            other,
+            other,
+            self.on_routes,
+            lambda v: self.forgotten.append(v.number),
         )
         self.server = ServerSettings(model_repository=Path("nowhere"))
         self.budget = MemoryBudget(1 << 30)
@@ -236,13 +242,13 @@ async def test_there_is_an_end_to_models_and_their_routes_fit_a_message(world, m
 
 
 async def test_too_many_models_are_no_start(world):
-    supervisor = Supervisor(world.server, [entry(1)] * (MAX_MODELS + 1), None, None)
+    supervisor = Supervisor(world.server, [entry(1)] * (MAX_MODELS + 1), [], None)
     with pytest.raises(ConfigurationError, match=f"{MAX_MODELS + 1} models, of {MAX_MODELS}"):
         await supervisor.run()
 
 
 async def test_a_version_that_front_ends_cannot_be_told_of_fails(world):
-    class Frontend:
+    class Process:
         def send(self, op, _fds, **fields):
             if "signature" in fields:
                 raise MessageTooLarge("a message of 200000 bytes")
@@ -255,7 +261,7 @@ async def test_a_version_that_front_ends_cannot_be_told_of_fails(world):
 
     version = Told("m", VersionEntry(1, Path("1")), ModelSettings(), None, None, None)
     version.state = VersionState.READY
-    supervisor = Supervisor(world.server, [], None, None)
-    supervisor._frontend = Frontend()
-    supervisor._tell_state(version)
+    supervisor = Supervisor(world.server, [], [None, None], None)
+    supervisor._frontends[1].process = Process()
+    supervisor._on_state(version)
     assert version.reason.startswith("its signature and settings are too long: a message of 200000")

@@ -60,7 +60,12 @@ ALL_SETTINGS = {
     },
     "cache_optimized": True,
 }
-GPU = {"device": "cuda:1", "threads": 5, "provider_options": {"gpu_mem_limit": 1000}}
+GPU = {
+    "device": "cuda:1",
+    "threads": 5,
+    "provider_options": {"gpu_mem_limit": 1000},
+    "cuda_graphs": True,
+}
 
 
 def through_the_channel(plan: LoadPlan) -> LoadPlan:
@@ -85,6 +90,7 @@ def test_every_setting_arrives_in_the_worker(server, cpus, tmp_path):
             cpu_arena=False,
             config=(("session.a", "x"), ("session.b", "1")),
             cache_folder=str(tmp_path / ".gateway" / "cache"),
+            cuda_graphs=True,
         ),
         max_batch_size=16,
         allowed_batch_sizes=(4, 16),

@@ -10,7 +10,7 @@ from gateway.protocols.call import InferCall, InputTensor
 from gateway.serving import queue as queue_module
 from gateway.serving.policy import RISE_NS
 from gateway.serving.queue import SPARSE_QUEUE, RequestQueue
-from gateway.serving.request import NO_SHAPE, Request, State
+from gateway.serving.request import NO_SHAPE, CallRequest, State
 from gateway.tensors import DATATYPES
 
 
@@ -26,9 +26,9 @@ def clock(monkeypatch):
     return made
 
 
-def request(level: int = 0, arrived_ns: int = 1000) -> Request:
+def request(level: int = 0, arrived_ns: int = 1000) -> CallRequest:
     call = InferCall([InputTensor("x", DATATYPES["INT8"], (1,), memoryview(b"x"))], rows=1)
-    return Request(call, NO_SHAPE, {}, level, arrived_ns, 0, lambda *_: None, lambda _: None)
+    return CallRequest(call, NO_SHAPE, {}, level, arrived_ns, 0, lambda *_: None, lambda _: None)
 
 
 def filled(requests, levels: int = 1) -> RequestQueue:
@@ -38,7 +38,7 @@ def filled(requests, levels: int = 1) -> RequestQueue:
     return made
 
 
-def take(queue: RequestQueue) -> Request | None:
+def take(queue: RequestQueue) -> CallRequest | None:
     """What is next, taken out as the dispatcher does it: it has been placed."""
     found = queue.next()
     if found is not None:
@@ -47,12 +47,12 @@ def take(queue: RequestQueue) -> Request | None:
     return found
 
 
-def end(queue: RequestQueue, one: Request) -> None:
-    one.end()
+def end(queue: RequestQueue, one: CallRequest) -> None:
+    one.move(State.ENDED)
     queue.ended(one)
 
 
-def drained(queue: RequestQueue) -> list[Request]:
+def drained(queue: RequestQueue) -> list[CallRequest]:
     found = []
     while (one := take(queue)) is not None:
         found.append(one)

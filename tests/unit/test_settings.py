@@ -596,6 +596,14 @@ POLICIES = "must be {latest: N}, {specific: [N, …]} or all"
             "instances.0.cpus: must be a list of CPUs such as 0-3,8, got '-1'",
         ),
         ("instances: [{cpus: true}]", "instances.0.cpus: must be text, got true"),
+        (
+            "instances: [{cuda_graphs: true}]",
+            "instances.0: cuda_graphs must be false where device is cpu",
+        ),
+        (
+            "instances: [{device: cuda:0, cuda_graphs: true}]",
+            "allowed_batch_sizes must be given where cuda_graphs is true",
+        ),
         *[
             (
                 f"instances: [{{provider_options: {{a: {value}}}}}]",

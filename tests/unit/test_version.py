@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from gateway._kernels import ring
 from gateway.control import seat as seats
 from gateway.control import version as versions
 from gateway.control.modelfile import ModelFile
@@ -21,14 +22,16 @@ from gateway.settings import Instance, ModelSettings, ServerSettings
 
 
 class Observer:
-    """Records the states, and answers at once for a front end that holds nothing."""
+    """Records the states, and answers at once for front ends that hold nothing."""
 
-    def __init__(self):
+    def __init__(self, *frontends: int):
         self.states = []
+        self.frontends = lambda: frontends
 
     def on_state(self, version):
         self.states.append(version.state)
-        version.drained()
+        for frontend in self.frontends():
+            version.drained(frontend)
 
     def on_other(self, *_arguments):
         raise AssertionError("no worker was started")
@@ -44,14 +47,17 @@ def make(tmp_path):
             ModelSettings(),
             ServerSettings(model_repository=tmp_path, drain_timeout_s=0),
             MemoryBudget(1 << 30),
-            VersionObserver(observer.on_state, other, other, other, other, other),
+            VersionObserver(
+                observer.frontends, observer.on_state, other, other, other, other, other
+            ),
         )
 
     return version
 
 
-async def test_unloading_gives_everything_back(make):
-    observer = Observer()
+@pytest.mark.parametrize("frontends", [(), (0,), (0, 1, 2)])
+async def test_unloading_gives_everything_back(make, frontends):
+    observer = Observer(*frontends)
     version = make(observer)
     before = len(os.listdir("/proc/self/fd"))
     await version.unload()
@@ -61,15 +67,6 @@ async def test_unloading_gives_everything_back(make):
     version.kill_overdue()  # nor looks at a board that is gone
     with pytest.raises(RuntimeError, match="from UNLOADED to UNLOADING"):
         await version.unload()
-
-
-async def test_only_what_is_unloaded_is_drained(make):
-    version = make(Observer())
-    version.drained()
-    version.frontend_gone()
-    assert not version.is_drained
-    await version.unload()
-    assert version.is_drained
 
 
 def test_a_seat_that_dies_again_and_again_without_work_is_in_a_loop():
@@ -139,7 +136,7 @@ def served(tmp_path, monkeypatch):
     monkeypatch.setattr(seats, "BACKOFF_S", (0.0,) * CRASH_LOOP_DEATHS)
     made = []
 
-    def make(taken_bytes: int = 10) -> VersionSupervision:
+    def make(taken_bytes: int = 10, frontends: tuple[int, ...] = ()) -> VersionSupervision:
         nothing = lambda *_: None  # noqa: E731
         version = VersionSupervision(
             "m",
@@ -147,7 +144,9 @@ def served(tmp_path, monkeypatch):
             ModelSettings(),
             ServerSettings(model_repository=tmp_path / "repository"),
             MemoryBudget(TOTAL_BYTES),
-            VersionObserver(nothing, nothing, nothing, nothing, nothing, nothing),
+            VersionObserver(
+                lambda: frontends, nothing, nothing, nothing, nothing, nothing, nothing
+            ),
         )
         made.append(version)
         version.start()
@@ -186,6 +185,24 @@ async def test_a_worker_that_dies_is_replaced_while_its_file_is_the_same(served)
     await turns(lambda: len(Played.made) == 2)
     load_worker(version)
     assert version.state is VersionState.READY
+
+
+async def test_a_workers_number_waits_for_every_front_end_that_was_told(served, monkeypatch):
+    monkeypatch.setattr(ring, "MAX_INCARNATION", 2)  # the numbers come round again at once
+    version = served(frontends=(0, 1, 2))
+    (seat,) = version.seats
+    version._on_exit(seat, -9)
+    await turns(lambda: len(Played.made) == 2)
+    load_worker(version)
+    assert seat.incarnation == 2
+    version.reclaimed(1, 2)
+    version.frontend_gone(0)
+    version.reclaimed(1, 1)
+    version._on_exit(seat, -9)
+    await turns(lambda: len(Played.made) == 3)
+    assert seat.incarnation == 1
+    version._on_exit(seat, -9)  # before it has loaded: no front end knew it
+    version.fail("enough")
 
 
 async def test_a_file_that_cannot_be_opened_for_a_while_is_no_death(served, caplog):

@@ -1,0 +1,287 @@
+"""The Python side of the fast lane: routes, the general parsers, errors, and stepping aside to aiohttp.
+
+`kernels/fastlane.pyx` is the other side: it reads a plain request's head, looks its body up by skeleton, and
+calls here for what it has not seen before.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+from functools import partial
+from http import HTTPStatus
+from typing import Any
+
+from aiohttp import web
+
+from gateway._kernels import fastlane
+from gateway._kernels.fastlane import Connection, Route, Split
+from gateway.clock import NS_PER_S, monotonic_ns
+from gateway.errors import GatewayError
+from gateway.frontend.answers import RETRY_AFTER_S, SERVER
+from gateway.frontend.aside import Aside
+from gateway.frontend.exchanges import (
+    JSON,
+    MSGPACK_TYPES,
+    OCTETS,
+    PREDICT,
+    Encode,
+    Exchange,
+    v2_exchange,
+)
+from gateway.frontend.inference import CLIENT_GONE
+from gateway.frontend.templates import template_of
+from gateway.protocols import jsontext
+from gateway.protocols.call import InferCall, OutputTensor, check_call
+from gateway.serving.dispatcher import Dispatcher
+from gateway.serving.options import FrontendOptions
+from gateway.serving.request import Timing
+from gateway.serving.routes import RouteTable, Version
+
+log = logging.getLogger("gateway.frontend")
+
+MAX_TEMPLATES = 1024
+"""Skeletons that are remembered of one target before remembering begins anew; clients choose them."""
+
+MAX_ROUTES = 4096
+"""Targets that are remembered; clients choose their spelling."""
+
+SWEEP_S = 5.0
+"""Pause between two looks for connections that have been idle for too long."""
+
+_MEDIA = (
+    OCTETS,
+    JSON,
+    OCTETS,
+    "application/msgpack",
+    "application/x-msgpack",
+    "application/vnd.msgpack",
+)
+"""Media types by their number in http_head.h."""
+
+_INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
+_PREDICT = re.compile(r"/v1/models/([^/:]+)(?:/versions/([^/:]+)|/labels/([^/:]+))?:predict")
+
+
+class DataLane(fastlane.Lane):
+    """What the connections of the data port share.
+
+    Args:
+        routes: models and versions.
+        server: aiohttp's, for whatever is not plain.
+        handler_options: of its handlers.
+        options: bounds.
+    """
+
+    def __init__(
+        self,
+        routes: RouteTable,
+        server: web.Server,
+        handler_options: dict[str, Any],
+        options: FrontendOptions,
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        super().__init__(
+            self._loop, options.max_request_bytes, options.max_header_bytes, os.urandom(16)
+        )
+        self.is_open = options.fast_lane
+        self._table = routes
+        self._server = server
+        self._handler_options = handler_options
+        self._limit = options.max_request_bytes
+        self._keepalive_ns = round(options.keepalive_timeout_s * NS_PER_S)
+        self._connections: set[Connection] = set()
+        self._seen: set[bytes] = set()
+        self._sweeper: asyncio.TimerHandle | None = None
+
+    # Connections
+
+    def connect(self) -> Connection:
+        """A protocol for a new connection."""
+        return Connection(self)
+
+    def opened(self, connection: Connection) -> None:
+        """A client is here."""
+        self._connections.add(connection)
+        if self._sweeper is None:
+            self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+
+    def closed(self, connection: Connection) -> None:
+        """It is gone."""
+        self._connections.discard(connection)
+
+    def close_idle(self) -> None:
+        """Close every connection that has nothing in flight; aiohttp closes its own."""
+        for connection in list(self._connections):
+            if not connection.is_aside and not connection.is_busy:
+                connection.transport.close()
+
+    def _sweep(self) -> None:
+        """Close connections that have been idle for too long. Runs while there are connections."""
+        self._sweeper = None
+        oldest_ns = monotonic_ns() - self._keepalive_ns
+        for connection in list(self._connections):
+            if connection.active_ns < oldest_ns and not (connection.is_aside or connection.is_busy):
+                connection.transport.close()
+        if self._connections:
+            self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
+
+    def step_aside(self, connection: Connection) -> Aside:
+        """Aiohttp takes over."""
+        return Aside(connection, self._server, self._handler_options)
+
+    # Requests
+
+    def resolve(self, target: bytes) -> Route | None:
+        """The route of a target; None where aiohttp is to answer."""
+        text = target.decode("ascii")
+        infer = _INFER.fullmatch(text)
+        found = infer or _PREDICT.fullmatch(text)
+        if found is None:
+            return None
+        try:
+            version = self._table.resolve(*found.groups())
+            version.ready()
+        except GatewayError:
+            return None
+        if version.dispatcher is None:
+            return None
+        if self.route_count >= MAX_ROUTES:
+            self.forget_routes()
+        exchange = partial(_v2, version) if infer else _predict
+        return Route(
+            version,
+            version.dispatcher,
+            exchange,
+            version.metrics.counters,
+            _heads(version),
+            MAX_TEMPLATES,
+        )
+
+    def serve(
+        self,
+        connection: Connection,
+        route: Route,
+        body: bytes,
+        json_bytes: int,
+        media: int,
+        split: Split | None,
+    ) -> None:
+        """A request that the kernel cannot place by itself.
+
+        Args:
+            connection: that waits for the answer.
+            route: of the request's target.
+            body: all of it.
+            json_bytes: of its text before raw tensors; -1: no such header.
+            media: number of its media type.
+            split: of the body, where its skeleton may be learned.
+        """
+        arrived_ns = connection.active_ns
+        dispatcher: Dispatcher = route.dispatcher
+        version: Version = route.version
+        template = None
+        try:
+            if not dispatcher.intake.is_open:
+                raise version.refusal()
+            exchange = route.exchange(media, json_bytes)
+            call, encode = exchange.understand(body, dispatcher.signature)
+            check_call(call, dispatcher.signature, self._limit)
+            if split is not None and self._is_worth_learning(split):
+                template = template_of(call, body, split, exchange, dispatcher, route.heads)
+            answer = _Answering(self, connection, route, call, encode, arrived_ns)
+            request = dispatcher.submit(call, arrived_ns, answer.on_answer, answer.on_error)
+        except Exception as error:
+            self.refuse(connection, route, error, arrived_ns)
+            return
+        connection.began(request)
+        if split is not None and template is not None:
+            route.learn(split.skeleton, template)
+
+    def _is_worth_learning(self, split: Split) -> bool:
+        """Whether its skeleton was seen before: what comes once is not worth a template."""
+        if split.skeleton in self._seen:
+            return True
+        if len(self._seen) >= MAX_TEMPLATES:
+            self._seen.clear()
+        self._seen.add(split.skeleton)
+        return False
+
+    def refuse(
+        self, connection: Connection, route: Route, error: Exception, arrived_ns: int
+    ) -> None:
+        """Answer with an error: the same answer that the aiohttp lane gives."""
+        if not isinstance(error, GatewayError):
+            log.error("a request failed in a way of ours", exc_info=error)
+            error = GatewayError("internal error")
+        version: Version = route.version
+        lines = [
+            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
+            f"Server: {SERVER}",
+            f"Content-Type: {JSON}",
+            f"x-error-code: {error.code}",
+            f"x-model-version: {version.number}",
+        ]
+        if error.retryable:
+            lines.append(f"Retry-After: {RETRY_AFTER_S}")
+        head = "\r\n".join([*lines, ""]).encode()
+        connection.respond(head, jsontext.dumps({"error": error.message}))
+        version.metrics.failed(error.status, monotonic_ns() - arrived_ns)
+        connection.finish()
+
+    def abandoned(self, route: Route, arrived_ns: int) -> None:
+        """A client went away and left a request."""
+        route.version.metrics.failed(CLIENT_GONE, monotonic_ns() - arrived_ns)
+
+
+class _Answering:
+    """Who is told how a request of the general parsers ended."""
+
+    def __init__(
+        self,
+        lane: DataLane,
+        connection: Connection,
+        route: Route,
+        call: InferCall,
+        encode: Encode,
+        arrived_ns: int,
+    ) -> None:
+        self._lane, self._connection, self._route = lane, connection, route
+        self._call, self._encode, self._arrived_ns = call, encode, arrived_ns
+
+    def on_answer(self, outputs: list[OutputTensor], timing: Timing) -> None:
+        """It was run."""
+        version: Version = self._route.version
+        encoded = self._encode(outputs)
+        head = self._route.heads[encoded.media_type]
+        total_ns = monotonic_ns() - self._arrived_ns
+        version.metrics.answered(self._call.rows, total_ns, timing.queue_ns, timing.compute_ns)
+        self._connection.respond(
+            head, encoded.body, -1 if encoded.json_bytes is None else encoded.json_bytes
+        )
+        self._connection.finish()
+
+    def on_error(self, error: GatewayError) -> None:
+        """It was not."""
+        self._lane.refuse(self._connection, self._route, error, self._arrived_ns)
+
+
+def _v2(version: Version, media: int, json_bytes: int) -> Exchange:
+    return v2_exchange(version, _MEDIA[media], None if json_bytes < 0 else str(json_bytes))
+
+
+def _predict(_media: int, _json_bytes: int) -> Exchange:
+    return PREDICT
+
+
+def _heads(version: Version) -> dict[str, bytes]:
+    """Heads of a version's answers, by media type."""
+    return {
+        media_type: (
+            f"HTTP/1.1 200 OK\r\nServer: {SERVER}\r\nContent-Type: {media_type}\r\n"
+            f"x-model-version: {version.number}\r\n"
+        ).encode()
+        for media_type in (JSON, OCTETS, *MSGPACK_TYPES)
+    }

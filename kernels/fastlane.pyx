@@ -1,0 +1,1048 @@
+"""The fast lane: from the bytes of a plain inference request to a slot, and from a slot to the bytes of its answer.
+
+One `Connection` per client is what uvloop calls. A plain request (`http_head.h` says which are) is parsed
+here, looked up by its *skeleton* - everything in its body but tensor data - and, when a request with that
+skeleton was understood before, written straight into the open slot that its rows belong to. No aiohttp
+object, task or future is made, and nothing is parsed twice but numbers. Its answer is written from the
+slot's memory to the socket when the worker has completed it.
+
+What is not for this file goes elsewhere, and says why it is right: a body with a new skeleton to the
+general parsers (`frontend.fastlane`), which also teach the skeleton; a request that is unusual in any way to
+aiohttp (`frontend.aside`), on the same connection and in its turn; a full slot, a queue, a deadline to
+the dispatcher. The lane is correct by being narrow.
+
+One request of a connection is in flight at a time: what a client sends behind it waits here, so answers are
+in order without a queue of them. Reading fills one buffer for all connections, or, once a head announced
+more than came with it, that request's own: a body is received where it stays until it is copied into the
+slot. Answers go to the socket from slot memory; what it does not take is copied before the slot is freed.
+
+Rejected: parsing with llhttp (callbacks cost more than the whole head here); `transport.write` for every
+answer (it keeps a view of the slot past the callback, or needs a copy); several requests of one connection
+in flight (nobody pipelines, and every connection would carry the queue).
+"""
+
+from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize, PyByteArray_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.dict cimport PyDict_GetItem
+from cpython.mem cimport PyMem_Free, PyMem_Malloc
+from cpython.object cimport PyObject
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport int32_t, int64_t, uint64_t
+from libc.string cimport memcpy
+from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
+
+from gateway._kernels.ledger cimport RequestCounters
+from gateway._kernels.ring cimport Producer
+from gateway._kernels.skeleton cimport (
+    MAX_SPANS, SPAN_BIN, SPAN_ID, SPAN_NUMBERS, gw_span, parse_numbers, split_json, split_msgpack,
+)
+from gateway._kernels.slots cimport (
+    ENDED, NEW, PLACED, Intake, Request, ShapeKey, Slot, SlotMemory, enter,
+)
+
+cdef extern from "http_head.h" nogil:
+    int GW_HEAD_ASIDE, GW_HEAD_MORE, GW_HEAD_PLAIN
+    enum:
+        GW_HEAD_MAX_ID, GW_MEDIA_MSGPACK, GW_MEDIA_VND_MSGPACK, GW_MEDIA_OTHER
+    ctypedef struct gw_head:
+        int32_t head_bytes, target, target_len
+        int64_t content_length, json_bytes
+        int32_t media, request_id, request_id_len
+    int gw_parse_head(const char *data, size_t n, gw_head *head)
+
+cdef extern from "http_answer.h" nogil:
+    enum:
+        GW_REQUEST_ID_CHARS, GW_DATE_CHARS
+    size_t gw_put_uint(char *out, uint64_t value)
+    void gw_request_id(char *out, uint64_t *state)
+    void gw_put_date(char *out, int64_t unix_s)
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+
+cdef extern from "<sys/socket.h>" nogil:
+    struct msghdr:
+        void *msg_name
+        int msg_namelen
+        iovec *msg_iov
+        size_t msg_iovlen
+        void *msg_control
+        size_t msg_controllen
+        int msg_flags
+    enum:
+        MSG_DONTWAIT, MSG_NOSIGNAL
+    ssize_t sendmsg(int fd, const msghdr *message, int flags)
+
+cdef enum:
+    SCRATCH_BYTES = 1 << 18  # of one read; larger bodies are received into a buffer of their own
+    HELD_BYTES = 1 << 16  # of requests behind the one in flight; beyond it the socket is not read
+    WHOLE_BYTES = 1 << 14  # an answer up to this is gathered and sent in one piece
+    MAX_KEY_BYTES = 1 << 13  # of a skeleton with its prefix; longer ones are parsed anew each time
+    KEPT_SPANS = 4  # of a request of a known skeleton; bounds FastRequest
+    MAX_PIECES = 32  # of an answer
+    POOL_BYTES = 1 << 25  # of receive buffers that are kept for the next large body
+    POOL_STEP = 1 << 16  # their sizes are multiples of this
+    WAKE_BYTES = 1 << 18  # written into slots since workers were woken: they need not wait for the rest
+
+cdef enum Mode:
+    IDLE  # nothing in flight; perhaps part of a head
+    BODY  # a head is here, and its body is arriving
+    RUNNING  # a request of the fast lane is in flight
+    ASIDE  # aiohttp has the connection
+    CLOSED
+
+cdef enum Form:
+    JSON_TEXT = 1
+    BINARY = 2
+    RAW = 3
+    PACKED = 4  # plus the media type's number
+
+cpdef enum:
+    FROM_TAIL  # raw bytes behind the JSON text
+    FROM_BIN  # raw bytes within the body, at a span
+    FROM_NUMBERS  # the text of an array of numbers, at a span
+
+NUMBERS = SPAN_NUMBERS
+BIN = SPAN_BIN
+ID = SPAN_ID
+
+
+cdef inline uint64_t monotonic_ns() noexcept nogil:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return <uint64_t>now.tv_sec * 1_000_000_000 + now.tv_nsec
+
+
+cdef class Burst:
+    """What is done once for all that one turn of the event loop brings: a clock read, waking workers.
+
+    Args:
+        call_soon: the event loop's.
+    """
+
+    cdef object call_soon
+    cdef object end_method
+    cdef list producers
+    cdef uint64_t now_ns
+    cdef bint is_open
+    cdef Py_ssize_t written
+    cdef char[GW_DATE_CHARS] date
+    cdef int64_t date_s
+
+    def __init__(self, call_soon):
+        self.call_soon = call_soon
+        self.end_method = self.end
+        self.producers = []
+
+    cdef uint64_t now(self) except? 0:
+        """The monotonic time, read once a burst."""
+        cdef timespec wall
+        if not self.is_open:
+            self.is_open = True
+            self.now_ns = monotonic_ns()
+            clock_gettime(CLOCK_REALTIME, &wall)
+            if wall.tv_sec != self.date_s:
+                self.date_s = wall.tv_sec
+                gw_put_date(self.date, wall.tv_sec)
+            self.call_soon(self.end_method)
+        return self.now_ns
+
+    def wake(self, Producer producer not None):
+        """Wake a worker for what the producer published, when the burst ends."""
+        self.touch(producer, 0)
+
+    cdef int touch(self, Producer producer, Py_ssize_t nbytes) except -1:
+        self.now()
+        self.written += nbytes
+        if self.written >= WAKE_BYTES:
+            self.written = 0
+            producer.wake()
+        elif producer not in self.producers:
+            self.producers.append(producer)
+        return 0
+
+    def end(self):
+        """The burst is over."""
+        cdef Producer producer
+        self.is_open = False
+        self.written = 0
+        if self.producers:
+            producers, self.producers = self.producers, []
+            for producer in producers:
+                if producer.control.lane is not NULL:  # its version may have gone meanwhile
+                    producer.wake()
+
+
+cdef struct Source:
+    # Where one input of a template's requests comes from, and where it goes.
+    int kind
+    int span  # which span, for FROM_BIN and FROM_NUMBERS
+    Py_ssize_t at  # in the tail, for FROM_TAIL
+    Py_ssize_t nbytes  # of the whole tensor
+    Py_ssize_t raw_at  # where it lies in the request's private copy
+    Py_ssize_t offset  # of its first row in a slot
+    Py_ssize_t row_bytes
+    int datatype
+    Py_ssize_t count
+    int rank  # of `dims`; below 0: the numbers may nest in any way
+    Py_ssize_t[8] dims
+
+cdef struct Piece:
+    # A part of an answer's body: constant bytes, an output's rows, or the request's id.
+    const char *text  # NULL: an output, or the id
+    Py_ssize_t nbytes  # of the text, or of the output's rows
+    Py_ssize_t offset  # of an output's first row in a slot
+    Py_ssize_t row_bytes  # 0 for what has no rows
+    bint is_id
+
+
+cdef class Template:
+    """What every request of one skeleton has in common.
+
+    Args:
+        key: the shape of its rows.
+        rows: how many.
+        level: its place in the queue's order.
+        timeout_ns: its time in the queue, 0 for any.
+        tail_bytes: raw bytes behind the JSON text.
+        span_count: spans that the splitter finds.
+        sources: for each input (kind, span, at, nbytes, offset, row_bytes, datatype, count, dims), dims
+            None where numbers may nest in any way.
+        head: the answer's status line and headers, but those that follow from the body and the moment.
+        json_bytes: of the answer's text before raw tensors, without the id; -1: no such header.
+        pieces: of the answer's body: bytes, (offset, nbytes, row_bytes) of an output in the slot, or None
+            for the request's id.
+        encode: makes the body where it is not of pieces: called with the request's id (or None) and the
+            address-free views of its outputs.
+        outputs: for `encode`: (offset, row_bytes, nbytes) of each output.
+    """
+
+    cdef readonly ShapeKey key
+    cdef Py_ssize_t rows
+    cdef int level
+    cdef uint64_t timeout_ns
+    cdef Py_ssize_t tail_bytes
+    cdef int span_count
+    cdef int source_count
+    cdef Source *sources
+    cdef Py_ssize_t raw_bytes
+    cdef bint has_numbers
+    cdef bytes head
+    cdef Py_ssize_t json_bytes
+    cdef list kept
+    cdef Piece[MAX_PIECES] pieces
+    cdef int piece_count
+    cdef Py_ssize_t body_bytes
+    cdef object encode
+    cdef tuple outputs
+
+    def __cinit__(self):
+        self.sources = NULL
+
+    def __init__(
+        self, ShapeKey key, Py_ssize_t rows, int level, uint64_t timeout_ns, Py_ssize_t tail_bytes,
+        int span_count, tuple sources, bytes head, Py_ssize_t json_bytes, tuple pieces, encode,
+        tuple outputs,
+    ):
+        if span_count > KEPT_SPANS or len(pieces) > MAX_PIECES or self.sources is not NULL:
+            raise ValueError("too many parts for a template")
+        self.key, self.rows, self.level, self.timeout_ns = key, rows, level, timeout_ns
+        self.tail_bytes, self.span_count = tail_bytes, span_count
+        self.head, self.json_bytes, self.encode, self.outputs = head, json_bytes, encode, outputs
+        self.source_count = len(sources)
+        self.sources = <Source *>PyMem_Malloc(max(1, len(sources)) * sizeof(Source))
+        if self.sources is NULL:
+            raise MemoryError
+        cdef Source *s
+        cdef Piece *p
+        cdef int i, j
+        for i, (kind, span, at, nbytes, offset, row_bytes, datatype, count, dims) in enumerate(sources):
+            s = &self.sources[i]
+            s.kind, s.span, s.at, s.nbytes = kind, span, at, nbytes
+            s.offset, s.row_bytes, s.datatype, s.count = offset, row_bytes, datatype, count
+            s.raw_at = self.raw_bytes
+            self.raw_bytes += nbytes
+            self.has_numbers = self.has_numbers or kind == FROM_NUMBERS
+            s.rank = -1
+            if dims is not None:
+                s.rank = len(dims)
+                for j in range(s.rank):
+                    s.dims[j] = dims[j]
+        self.kept = []
+        for i, part in enumerate(pieces):
+            p = &self.pieces[i]
+            p.text, p.offset, p.row_bytes, p.is_id, p.nbytes = NULL, 0, 0, False, 0
+            if part is None:
+                p.is_id = True
+            elif isinstance(part, bytes):
+                self.kept.append(part)
+                p.text, p.nbytes = PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part)
+            else:
+                p.offset, p.nbytes, p.row_bytes = part
+            self.body_bytes += p.nbytes
+        self.piece_count = len(pieces)
+
+    def __dealloc__(self):
+        PyMem_Free(self.sources)
+
+
+cdef class Route:
+    """Where the requests of one target go, and what is known of their bodies.
+
+    Args:
+        version: the version that answers (`serving.routes.Version`).
+        dispatcher: its dispatcher.
+        exchange: how the general parsers are called, for `Lane.serve`.
+        counters: where answers are counted.
+        heads: heads of answers, by media type, for `Lane.serve`.
+        max_templates: skeletons that are remembered.
+    """
+
+    cdef readonly object version
+    cdef readonly object dispatcher
+    cdef readonly object exchange
+    cdef readonly dict heads
+    cdef Intake intake
+    cdef RequestCounters counters
+    cdef dict templates
+    cdef Py_ssize_t max_templates
+
+    def __init__(
+        self, version, dispatcher, exchange, RequestCounters counters not None, dict heads,
+        Py_ssize_t max_templates,
+    ):
+        self.version = version
+        self.dispatcher = dispatcher
+        self.exchange = exchange
+        self.intake = dispatcher.intake
+        self.counters = counters
+        self.heads = heads
+        self.templates = {}
+        self.max_templates = max_templates
+
+    def learn(self, bytes skeleton, Template template not None):
+        """Remember what requests of a skeleton are."""
+        if len(self.templates) >= self.max_templates:
+            self.templates.clear()
+        self.templates[skeleton] = template
+
+
+cdef class Split:
+    """A body as the splitter saw it, for whoever learns its skeleton.
+
+    Attributes:
+        skeleton: what to learn it by.
+        spans: of the body, as (begin, end, count, kind).
+    """
+
+    cdef readonly bytes skeleton
+    cdef readonly list spans
+
+    def __init__(self, bytes skeleton, list spans):
+        self.skeleton = skeleton
+        self.spans = spans
+
+
+cdef class FastRequest(Request):
+    """A request of a known skeleton: bytes in, bytes out."""
+
+    cdef Connection connection
+    cdef Template template
+    cdef Route route
+    cdef const char *body  # borrowed during the submission, then of `owner`
+    cdef Py_ssize_t tail  # where raw tensors begin in the body
+    cdef gw_span[KEPT_SPANS] spans
+    cdef object owner  # what keeps `body` or `raw` alive
+    cdef const char *raw  # the inputs, decoded, one after the other; NULL: they are in the body
+    cdef bytes id
+
+    @property
+    def lengths(self):
+        """Nothing is padded."""
+        return {}
+
+    @property
+    def string_bytes(self):
+        """It holds no strings."""
+        return 0
+
+    cdef int fill(self, char *inputs, Py_ssize_t row) noexcept nogil:
+        """Write its rows into a slot's inputs from this row on; -1: its numbers do not decode."""
+        cdef int i
+        for i in range(self.template.source_count):
+            if self.put(&self.template.sources[i], inputs + self.template.sources[i].offset
+                        + row * self.template.sources[i].row_bytes) < 0:
+                return -1
+        return 0
+
+    cdef int put(self, Source *s, char *to) noexcept nogil:
+        if self.raw is not NULL:
+            memcpy(to, self.raw + s.raw_at, s.nbytes)
+        elif s.kind == FROM_TAIL:
+            memcpy(to, self.body + self.tail + s.at, s.nbytes)
+        elif s.kind == FROM_BIN:
+            memcpy(to, self.body + self.spans[s.span].begin, s.nbytes)
+        else:
+            return parse_numbers(
+                self.body + self.spans[s.span].begin, self.spans[s.span].end - self.spans[s.span].begin,
+                s.datatype, to, s.count, s.dims, s.rank)
+        return 0
+
+    def write(self, lane, Slot slot not None):
+        """Write its rows behind those of the slot. Unreadable: its numbers do not decode."""
+        cdef SlotMemory memory = lane.memory
+        if self.fill(memory.inputs + slot.index * memory.input_slot_bytes, slot.rows) < 0:
+            raise Unreadable
+
+    def materialise(self):
+        """Own its data, decoded: it has to wait. Unreadable: its numbers do not decode."""
+        if self.raw is not NULL:
+            return
+        cdef bytes raw = PyBytes_FromStringAndSize(NULL, self.template.raw_bytes)
+        cdef char *to = PyBytes_AS_STRING(raw)
+        cdef int i
+        for i in range(self.template.source_count):
+            if self.put(&self.template.sources[i], to + self.template.sources[i].raw_at) < 0:
+                raise Unreadable
+        self.keep(raw)
+
+    cdef void keep(self, bytes raw):
+        self.owner = raw
+        self.raw = PyBytes_AS_STRING(raw)
+
+    def take_back(self, copies):
+        """Own these as its data: its slot is given up."""
+        self.keep(b"".join([tensor.data for tensor in copies]))
+
+    def drop_data(self):
+        """It will not be written again."""
+        self.owner = None
+
+    def fail(self, error):
+        """Answer it with an error."""
+        if self.connection is not None:
+            self.connection.lane.refuse(self.connection, self.route, error, self.arrived_ns)
+
+    cdef bint answer_from(
+        self, const char *outputs, uint64_t started_ns, uint64_t finished_ns
+    ) except -1:
+        cdef Connection connection = self.connection
+        cdef uint64_t now_ns
+        self.phase = ENDED
+        self.route.intake.in_flight -= 1
+        if connection is None:
+            return True
+        now_ns = connection.lane.burst.now()
+        self.route.counters.count_answer(
+            self.rows, now_ns - self.arrived_ns if now_ns > self.arrived_ns else 0,
+            started_ns - self.arrived_ns if started_ns > self.arrived_ns else 0,
+            finished_ns - started_ns if finished_ns > started_ns else 0)
+        if self.template.encode is None:
+            connection.send_pieces(self, outputs)
+            connection.finish()
+            return True
+        try:
+            self.encode(outputs)
+        except Exception as error:
+            connection.lane.refuse(connection, self.route, error, self.arrived_ns)
+        else:
+            connection.finish()
+        return True
+
+    cdef int encode(self, const char *outputs) except -1:
+        cdef Template t = self.template
+        cdef list views = []
+        cdef Py_ssize_t offset, row_bytes, nbytes
+        for offset, row_bytes, nbytes in t.outputs:
+            views.append(memoryview(PyBytes_FromStringAndSize(
+                outputs + offset + self.start * row_bytes, nbytes)))
+        body, _media_type, json_bytes = t.encode(self.id, views)
+        self.connection.respond(t.head, body, -1 if json_bytes is None else json_bytes)
+        return 0
+
+
+class Unreadable(Exception):
+    """A request's numbers do not decode: the general parsers say why."""
+
+
+cdef class Lane:
+    """What the connections of one front end share. Python's side of it is a subclass.
+
+    Args:
+        loop: the event loop.
+        max_request_bytes: longest body.
+        max_head_bytes: longest head; aiohttp refuses longer ones.
+        seed: 16 random bytes, for request ids.
+
+    ``is_open`` is whether requests take the fast lane at all; otherwise all go to aiohttp.
+
+    Subclasses have ``resolve(target) -> Route | None``, ``serve(connection, route, body, json_bytes, media,
+    split)``, ``refuse(connection, route, error, arrived_ns)``, ``step_aside(connection) -> Aside``,
+    ``opened(connection)``, ``closed(connection)`` and ``abandoned(route, arrived_ns)``.
+    """
+
+    cdef readonly Burst burst
+    cdef public bint is_open
+    cdef dict routes
+    cdef Py_ssize_t max_request_bytes
+    cdef Py_ssize_t max_head_bytes
+    cdef uint64_t[2] id_state
+    cdef object scratch
+    cdef object scratch_view
+    cdef char *data
+    cdef char[WHOLE_BYTES] out
+    cdef dict pool
+    cdef Py_ssize_t pooled
+
+    def __init__(self, loop, Py_ssize_t max_request_bytes, Py_ssize_t max_head_bytes, bytes seed):
+        self.burst = Burst(loop.call_soon)
+        self.routes = {}
+        self.max_request_bytes = max_request_bytes
+        self.max_head_bytes = max_head_bytes
+        self.is_open = True
+        memcpy(self.id_state, PyBytes_AS_STRING(seed), min(16, len(seed)))
+        self.scratch = bytearray(SCRATCH_BYTES)
+        self.scratch_view = memoryview(self.scratch)
+        self.data = PyByteArray_AS_STRING(self.scratch)
+        self.pool = {}
+
+    @property
+    def route_count(self):
+        """Targets that are remembered."""
+        return len(self.routes)
+
+    def forget_routes(self):
+        """Versions or routes have changed: each target is resolved anew."""
+        self.routes.clear()
+
+    cdef Route route(self, const char *target, Py_ssize_t n):
+        cdef bytes name = PyBytes_FromStringAndSize(target, n)
+        cdef PyObject *found = PyDict_GetItem(self.routes, name)
+        if found is not NULL:
+            return <Route>found
+        route = self.resolve(name)
+        if route is not None:
+            self.routes[name] = route
+        return route
+
+    cdef bytearray take_buffer(self, Py_ssize_t nbytes):
+        """A buffer for a body of so many bytes."""
+        cdef Py_ssize_t size = (nbytes + POOL_STEP - 1) // POOL_STEP * POOL_STEP
+        cdef list free = self.pool.get(size)
+        if free:
+            self.pooled -= size
+            return free.pop()
+        return PyByteArray_FromStringAndSize(NULL, size)
+
+    cdef void give_buffer(self, bytearray buffer):
+        cdef Py_ssize_t size = PyByteArray_GET_SIZE(buffer)
+        if self.pooled + size <= POOL_BYTES:
+            self.pooled += size
+            self.pool.setdefault(size, []).append(buffer)
+
+
+cdef class Connection:
+    """One client's connection: what uvloop calls, as an `asyncio.BufferedProtocol`.
+
+    Attributes:
+        active_ns: monotonic time of the last request's begin or end, 0 before the first byte.
+    """
+
+    cdef readonly Lane lane
+    cdef readonly object transport
+    cdef object is_closing
+    cdef object buffered
+    cdef int fd
+    cdef Mode mode
+    cdef bytes held  # what came behind the request in flight, or part of a head
+    cdef bint is_paused
+    cdef bint is_reading
+    cdef bint is_half_closed
+    cdef bytearray body
+    cdef Py_ssize_t body_bytes
+    cdef Py_ssize_t filled
+    cdef gw_head head
+    cdef Route route
+    cdef object request  # in flight, of any kind
+    cdef object aside
+    cdef char[GW_HEAD_MAX_ID] request_id
+    cdef int request_id_len
+    cdef readonly uint64_t active_ns
+
+    def __init__(self, Lane lane not None):
+        self.lane = lane
+        self.mode = IDLE
+
+    # What the event loop calls
+
+    def connection_made(self, transport):
+        """A client is here."""
+        self.transport = transport
+        self.is_closing = transport.is_closing
+        self.buffered = transport.get_write_buffer_size
+        self.fd = transport.get_extra_info("socket").fileno()
+        self.active_ns = self.lane.burst.now()
+        self.lane.opened(self)
+
+    def connection_lost(self, exc):
+        """It is gone: its request is cancelled."""
+        cdef Mode mode = self.mode
+        self.mode = CLOSED
+        self.lane.closed(self)
+        if mode == BODY:
+            self.route.intake.receiving -= 1
+        elif mode == RUNNING:
+            self.abandon()
+        self.body = None
+        self.held = None
+        if self.aside is not None:
+            self.aside.handler.connection_lost(exc)
+            self.aside = None
+        self.transport = self.is_closing = self.buffered = None
+
+    def eof_received(self):
+        """The client sends nothing more; what is in flight is still answered."""
+        self.is_half_closed = True
+        if self.mode == ASIDE:
+            return self.aside.handler.eof_received()
+        return self.mode == RUNNING
+
+    def pause_writing(self):
+        """The client reads slowly; aiohttp waits, the fast lane's answers are whole."""
+        if self.aside is not None:
+            self.aside.handler.pause_writing()
+
+    def resume_writing(self):
+        """It has caught up."""
+        if self.aside is not None:
+            self.aside.handler.resume_writing()
+
+    def get_buffer(self, Py_ssize_t sizehint):
+        """Where the next bytes go."""
+        if self.mode == BODY:
+            return memoryview(self.body)[self.filled : self.body_bytes]
+        return self.lane.scratch_view
+
+    def buffer_updated(self, Py_ssize_t nbytes):
+        """They are there."""
+        cdef bytes data
+        if self.mode == IDLE:
+            if self.held is None:
+                self.is_reading = True
+                try:
+                    self.read(self.lane.data, nbytes)
+                finally:
+                    self.is_reading = False
+                if self.held is None:
+                    return
+            else:
+                self.held += PyBytes_FromStringAndSize(self.lane.data, nbytes)
+            self.read_held()
+        elif self.mode == BODY:
+            self.filled += nbytes
+            if self.filled == self.body_bytes:
+                self.take_body()
+        elif self.mode == ASIDE:
+            self.feed_aside(PyBytes_FromStringAndSize(self.lane.data, nbytes))
+        elif self.mode == RUNNING:
+            self.hold(PyBytes_FromStringAndSize(self.lane.data, nbytes))
+
+    # Reading
+
+    cdef bint read(self, const char *data, Py_ssize_t n) except -1:
+        """Take one request from the begin of the data and hold what is behind it.
+
+        Returns False when it is incomplete: what there is of its head is held.
+        """
+        cdef gw_head *head = &self.head
+        cdef Py_ssize_t end
+        cdef int verdict = gw_parse_head(data, n, head)
+        if verdict == GW_HEAD_MORE and self.lane.is_open:
+            self.held = PyBytes_FromStringAndSize(data, n)
+            return False
+        if (verdict == GW_HEAD_PLAIN and self.lane.is_open
+                and head.head_bytes <= self.lane.max_head_bytes):
+            self.route = self.lane.route(data + head.target, head.target_len)
+            if (self.route is not None and head.media != GW_MEDIA_OTHER
+                    and head.content_length <= self.lane.max_request_bytes):
+                self.request_id_len = 0
+                if head.request_id >= 0:
+                    self.request_id_len = head.request_id_len
+                    memcpy(self.request_id, data + head.request_id, head.request_id_len)
+                end = head.head_bytes + head.content_length
+                if n < end:
+                    self.await_body(data + head.head_bytes, n - head.head_bytes)
+                    return True
+                if n > end:
+                    self.held = PyBytes_FromStringAndSize(data + end, n - end)
+                self.submit(data + head.head_bytes, head.content_length)
+                return True
+        self.begin_aside(PyBytes_FromStringAndSize(data, n))
+        return True
+
+    cdef int read_held(self) except -1:
+        """Go on with what is held, for as long as nothing is in flight."""
+        cdef bytes data
+        if self.is_reading:  # an answer made at once: whoever reads goes on
+            return 0
+        self.is_reading = True
+        try:
+            while self.mode == IDLE and self.held is not None:
+                data = self.held
+                self.held = None
+                if not self.read(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)):
+                    break
+        finally:
+            self.is_reading = False
+        if self.is_paused and self.mode == IDLE:
+            self.is_paused = False
+            self.transport.resume_reading()
+        return 0
+
+    cdef int hold(self, bytes data) except -1:
+        """Keep what came too early."""
+        self.held = data if self.held is None else self.held + data
+        if len(self.held) > HELD_BYTES and not self.is_paused:
+            self.is_paused = True
+            self.transport.pause_reading()
+        return 0
+
+    cdef int await_body(self, const char *data, Py_ssize_t n) except -1:
+        self.mode = BODY
+        self.route.intake.receiving += 1
+        self.body_bytes = self.head.content_length
+        self.body = self.lane.take_buffer(self.body_bytes)
+        memcpy(PyByteArray_AS_STRING(self.body), data, n)
+        self.filled = n
+        self.active_ns = self.lane.burst.now()
+        return 0
+
+    cdef int take_body(self) except -1:
+        cdef bytearray body = self.body
+        self.body = None
+        self.route.intake.receiving -= 1
+        self.submit(PyByteArray_AS_STRING(body), self.body_bytes)
+        self.lane.give_buffer(body)
+        return 0
+
+    # Submitting
+
+    cdef int submit(self, const char *body, Py_ssize_t n) except -1:
+        """Hand a whole request on: to a slot when its skeleton is known, else to the general parsers."""
+        cdef char[MAX_KEY_BYTES] key
+        cdef gw_span[MAX_SPANS] spans
+        cdef int span_count = 0
+        cdef Py_ssize_t key_bytes = self.skeleton(body, n, key, spans, &span_count)
+        cdef bytes skeleton = None
+        cdef PyObject *found
+        self.mode = RUNNING
+        self.active_ns = self.lane.burst.now()
+        if key_bytes >= 0:
+            skeleton = PyBytes_FromStringAndSize(key, key_bytes)
+            found = PyDict_GetItem(self.route.templates, skeleton)
+            if found is not NULL:
+                if self.place(<Template>found, body, n, spans):
+                    return 0
+                skeleton = None
+        cdef Split split = None
+        cdef int i
+        if skeleton is not None:
+            split = Split(skeleton, [
+                (spans[i].begin, spans[i].end, spans[i].count, spans[i].kind)
+                for i in range(span_count)])
+        self.lane.serve(
+            self, self.route, PyBytes_FromStringAndSize(body, n), self.head.json_bytes, self.head.media,
+            split)
+        return 0
+
+    cdef Py_ssize_t skeleton(
+        self, const char *body, Py_ssize_t n, char *key, gw_span *spans, int *span_count
+    ) noexcept nogil:
+        """What to look a body up by: its form, the numbers of each span, its text without them.
+
+        Returns the key's bytes; -1 where the general parsers are to read it.
+        """
+        cdef Py_ssize_t text = n, length = 0, at, i
+        cdef int form = JSON_TEXT
+        if GW_MEDIA_MSGPACK <= self.head.media <= GW_MEDIA_VND_MSGPACK:
+            form = PACKED + self.head.media
+            if split_msgpack(body, n, key + 1 + 8 * KEPT_SPANS, MAX_KEY_BYTES - 1 - 8 * KEPT_SPANS,
+                             &length, spans, span_count) < 0:
+                return -1
+        elif self.head.json_bytes == 0:
+            form = RAW
+        else:
+            if self.head.json_bytes > 0:
+                form = BINARY
+                text = self.head.json_bytes
+                if text > n:
+                    return -1
+            if split_json(body, text, key + 1 + 8 * KEPT_SPANS, MAX_KEY_BYTES - 1 - 8 * KEPT_SPANS,
+                          &length, spans, span_count) < 0:
+                return -1
+        if span_count[0] > KEPT_SPANS:
+            return -1
+        key[0] = form
+        for i in range(KEPT_SPANS):
+            at = spans[i].count if i < span_count[0] else 0
+            if i < span_count[0] and spans[i].kind == SPAN_ID:
+                at = 0
+            memcpy(key + 1 + 8 * i, &at, 8)
+        if form == RAW:
+            memcpy(key + 1, &n, 8)
+        return 1 + 8 * KEPT_SPANS + length
+
+    cdef bint place(self, Template template, const char *body, Py_ssize_t n, gw_span *spans) except -1:
+        """Submit a request of a known skeleton; False: the general parsers are to say what is wrong."""
+        cdef Route route = self.route
+        cdef Intake intake = route.intake
+        cdef ShapeKey key = template.key
+        cdef FastRequest request
+        cdef int i
+        if not intake.is_open:
+            return False
+        request = FastRequest.__new__(FastRequest)
+        request.tail = 0
+        if self.head.json_bytes > 0:
+            request.tail = self.head.json_bytes
+        if n - request.tail != template.tail_bytes and template.tail_bytes >= 0:
+            return False
+        request.key, request.rows, request.level = key, template.rows, template.level
+        request.solo = not key.takes_mates
+        request.arrived_ns = self.active_ns
+        request.template, request.route, request.body = template, route, body
+        for i in range(template.span_count):
+            request.spans[i] = spans[i]
+            if spans[i].kind == SPAN_ID:
+                request.id = PyBytes_FromStringAndSize(
+                    body + spans[i].begin, spans[i].end - spans[i].begin)
+        if template.timeout_ns:
+            request.deadline_ns = request.arrived_ns + template.timeout_ns
+        elif not intake.has_queue and intake.in_flight < intake.bound:
+            i = self.append(request, key)
+            if i < 0:
+                return False
+            if i > 0:
+                intake.in_flight += 1
+                request.connection = self
+                self.request = request
+                return True
+        try:
+            route.dispatcher.check_room()
+            route.dispatcher.admit(request)
+        except Unreadable:
+            return False
+        except Exception as error:
+            self.lane.refuse(self, route, error, request.arrived_ns)
+            return True
+        request.connection = self
+        self.request = request
+        return True
+
+    cdef int append(self, FastRequest request, ShapeKey key) except -2:
+        """Put a request behind the rows of the open slot of its shape.
+
+        Returns 1; 0 where that slot has no room or a worker has taken it; -1 where its numbers do not decode.
+        """
+        cdef Slot slot = key.cursor
+        cdef SlotMemory memory
+        if slot is None or request.solo or slot.rows + request.rows > key.capacity:
+            return 0
+        memory = key.memory
+        if memory.producer.phase(slot.index) != 1:
+            return 0
+        if request.fill(memory.inputs + slot.index * memory.input_slot_bytes, slot.rows) < 0:
+            return -1
+        if not memory.producer.append(slot.index, request.rows, 0):
+            return 0
+        enter(slot, request)
+        self.lane.burst.touch(memory.producer, request.template.raw_bytes)
+        return 1
+
+    # Answering
+
+    def began(self, request):
+        """A request of the general parsers is in flight."""
+        self.request = request
+
+    def respond(self, bytes head not None, body not None, Py_ssize_t json_bytes=-1):
+        """Send an answer; `finish` follows when the request is done with.
+
+        Args:
+            head: the status line and the headers that do not follow from the body and the moment.
+            body: bytes.
+            json_bytes: of the text before raw tensors; -1: no such header.
+        """
+        if self.mode == CLOSED:
+            return
+        cdef iovec[2] parts
+        cdef const unsigned char[::1] view = body
+        parts[0].iov_base = self.lane.out
+        parts[0].iov_len = self.put_head(head, view.shape[0], json_bytes)
+        parts[1].iov_base = <void *>&view[0] if view.shape[0] else NULL
+        parts[1].iov_len = view.shape[0]
+        self.send(parts, 2)
+
+    def finish(self):
+        """The request in flight has been answered: the next one's turn."""
+        cdef FastRequest request
+        if isinstance(self.request, FastRequest):
+            request = <FastRequest>self.request
+            request.connection = None
+        self.request = None
+        if self.mode != RUNNING:
+            return
+        self.mode = IDLE
+        self.active_ns = self.lane.burst.now()
+        if self.held is not None or self.is_paused:
+            self.read_held()
+        if self.is_half_closed and self.mode == IDLE:
+            self.transport.close()
+
+    cdef Py_ssize_t put_head(self, bytes head, Py_ssize_t body_bytes, Py_ssize_t json_bytes) except -1:
+        """Write an answer's head to the lane's buffer; its bytes."""
+        cdef char *out = self.lane.out
+        cdef char *to = out
+        cdef Py_ssize_t n = PyBytes_GET_SIZE(head)
+        if n > WHOLE_BYTES // 2:
+            raise ValueError("an answer's head is too long")
+        memcpy(to, PyBytes_AS_STRING(head), n)
+        to += n
+        memcpy(to, b"Content-Length: ", 16)
+        to += 16
+        to += gw_put_uint(to, body_bytes)
+        if json_bytes >= 0:
+            memcpy(to, b"\r\nInference-Header-Content-Length: ", 35)
+            to += 35
+            to += gw_put_uint(to, json_bytes)
+        memcpy(to, b"\r\nDate: ", 8)
+        to += 8
+        self.lane.burst.now()
+        memcpy(to, self.lane.burst.date, GW_DATE_CHARS)
+        to += GW_DATE_CHARS
+        memcpy(to, b"\r\nx-request-id: ", 16)
+        to += 16
+        if self.request_id_len:
+            memcpy(to, self.request_id, self.request_id_len)
+            to += self.request_id_len
+        else:
+            gw_request_id(to, self.lane.id_state)
+            to += GW_REQUEST_ID_CHARS
+        memcpy(to, b"\r\n\r\n", 4)
+        return to + 4 - out
+
+    cdef int send_pieces(self, FastRequest request, const char *outputs) except -1:
+        """Send an answer whose body is of pieces, from the slot's memory."""
+        cdef iovec[MAX_PIECES + 1] parts
+        cdef Template t = request.template
+        cdef Py_ssize_t id_bytes = 0 if request.id is None else PyBytes_GET_SIZE(request.id)
+        cdef Py_ssize_t json_bytes = t.json_bytes
+        cdef Piece *p
+        cdef int i
+        if self.mode == CLOSED:
+            return 0
+        if json_bytes >= 0:
+            json_bytes += id_bytes
+        parts[0].iov_base = self.lane.out
+        parts[0].iov_len = self.put_head(t.head, t.body_bytes + id_bytes, json_bytes)
+        for i in range(t.piece_count):
+            p = &t.pieces[i]
+            parts[i + 1].iov_len = p.nbytes
+            if p.text is not NULL:
+                parts[i + 1].iov_base = <void *>p.text
+            elif p.is_id:
+                parts[i + 1].iov_base = <void *>PyBytes_AS_STRING(request.id)
+                parts[i + 1].iov_len = id_bytes
+            else:
+                parts[i + 1].iov_base = <void *>(outputs + p.offset + request.start * p.row_bytes)
+        return self.send(parts, t.piece_count + 1)
+
+    cdef int send(self, iovec *parts, int count) except -1:
+        """Send what the socket takes and give the transport a copy of the rest.
+
+        The first part lies at the begin of the lane's buffer. No view of any part outlives the call.
+        """
+        cdef Py_ssize_t total = 0, sent = 0, taken
+        cdef msghdr message
+        cdef char *to
+        cdef int i
+        cdef bytes rest
+        if self.is_closing():  # its descriptor may be another connection's by now
+            return 0
+        for i in range(count):
+            total += parts[i].iov_len
+        if total <= WHOLE_BYTES:
+            to = self.lane.out + parts[0].iov_len
+            for i in range(1, count):
+                memcpy(to, parts[i].iov_base, parts[i].iov_len)
+                to += parts[i].iov_len
+            parts[0].iov_len = total
+            count = 1
+        if self.buffered() == 0:
+            message.msg_name = message.msg_control = NULL
+            message.msg_namelen = message.msg_controllen = message.msg_flags = 0
+            message.msg_iov = parts
+            message.msg_iovlen = count
+            sent = sendmsg(self.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if sent == total:
+                return 0
+            if sent < 0:
+                if errno != EAGAIN and errno != EINTR:
+                    self.transport.abort()
+                    return 0
+                sent = 0
+        rest = PyBytes_FromStringAndSize(NULL, total - sent)
+        to = PyBytes_AS_STRING(rest)
+        for i in range(count):
+            taken = min(sent, <Py_ssize_t>parts[i].iov_len)
+            sent -= taken
+            memcpy(to, <char *>parts[i].iov_base + taken, parts[i].iov_len - taken)
+            to += parts[i].iov_len - taken
+        self.transport.write(rest)
+        return 0
+
+    cdef int abandon(self) except -1:
+        """The client is gone: what it asked for need not run."""
+        cdef FastRequest request
+        if isinstance(self.request, FastRequest):
+            request = <FastRequest>self.request
+            request.connection = None
+        if self.request is not None:
+            self.route.dispatcher.cancel(self.request)
+            self.request = None
+        self.lane.abandoned(self.route, self.active_ns)
+        return 0
+
+    # Stepping aside
+
+    cdef int begin_aside(self, bytes data) except -1:
+        self.mode = ASIDE
+        if self.aside is None:
+            self.aside = self.lane.step_aside(self)
+        self.feed_aside(self.aside.begin(data))
+        return 0
+
+    cdef int feed_aside(self, bytes data) except -1:
+        rest = self.aside.feed(data)
+        if rest:
+            self.hold(rest)
+        return 0
+
+    def resume(self):
+        """aiohttp has answered, and read its request to the end: the next one's turn."""
+        if self.mode == ASIDE:
+            self.mode = IDLE
+            self.active_ns = self.lane.burst.now()
+            self.read_held()
+
+    @property
+    def is_busy(self):
+        """A request of the fast lane is arriving or in flight."""
+        return self.mode == BODY or self.mode == RUNNING
+
+    @property
+    def is_aside(self):
+        """aiohttp has the connection."""
+        return self.mode == ASIDE
