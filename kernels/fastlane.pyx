@@ -206,7 +206,8 @@ cdef class Template:
         rows: how many.
         level: its place in the queue's order.
         timeout_ns: its time in the queue, 0 for any.
-        tail_bytes: raw bytes behind the JSON text.
+        slo_ns: the latency that it aims at, 0 for any.
+        tail_bytes: raw bytes behind the JSON text; -1: the whole body is text, or msgpack.
         span_count: spans that the splitter finds.
         sources: for each input (kind, span, at, nbytes, offset, row_bytes, datatype, count, dims), dims
             None where numbers may nest in any way.
@@ -223,6 +224,7 @@ cdef class Template:
     cdef Py_ssize_t rows
     cdef int level
     cdef uint64_t timeout_ns
+    cdef uint64_t slo_ns
     cdef Py_ssize_t tail_bytes
     cdef int span_count
     cdef int source_count
@@ -242,14 +244,15 @@ cdef class Template:
         self.sources = NULL
 
     def __init__(
-        self, ShapeKey key, Py_ssize_t rows, int level, uint64_t timeout_ns, Py_ssize_t tail_bytes,
+        self, ShapeKey key, Py_ssize_t rows, int level, uint64_t timeout_ns, uint64_t slo_ns,
+        Py_ssize_t tail_bytes,
         int span_count, tuple sources, bytes head, Py_ssize_t json_bytes, tuple pieces, encode,
         tuple outputs,
     ):
         if span_count > KEPT_SPANS or len(pieces) > MAX_PIECES or self.sources is not NULL:
             raise ValueError("too many parts for a template")
         self.key, self.rows, self.level, self.timeout_ns = key, rows, level, timeout_ns
-        self.tail_bytes, self.span_count = tail_bytes, span_count
+        self.slo_ns, self.tail_bytes, self.span_count = slo_ns, tail_bytes, span_count
         self.head, self.json_bytes, self.encode, self.outputs = head, json_bytes, encode, outputs
         self.source_count = len(sources)
         self.sources = <Source *>PyMem_Malloc(max(1, len(sources)) * sizeof(Source))
@@ -603,11 +606,14 @@ cdef class Connection:
         self.transport = self.is_closing = self.buffered = None
 
     def eof_received(self):
-        """The client sends nothing more; what is in flight is still answered."""
+        """The client sends nothing more, because it is gone or because it was all.
+
+        Nobody can tell which. What a worker has is answered; what waits does not run for nobody.
+        """
         self.is_half_closed = True
         if self.mode == ASIDE:
             return self.aside.handler.eof_received()
-        return self.mode == RUNNING
+        return self.mode == RUNNING and self.route.dispatcher.has_worker(self.request)
 
     def pause_writing(self):
         """The client reads slowly; aiohttp waits, the fast lane's answers are whole."""
@@ -818,6 +824,8 @@ cdef class Connection:
             if spans[i].kind == SPAN_ID:
                 request.id = PyBytes_FromStringAndSize(
                     body + spans[i].begin, spans[i].end - spans[i].begin)
+        if template.slo_ns:
+            request.due_ns = request.arrived_ns + template.slo_ns
         if template.timeout_ns:
             request.deadline_ns = request.arrived_ns + template.timeout_ns
         elif not intake.has_queue and intake.in_flight < intake.bound:
@@ -848,14 +856,14 @@ cdef class Connection:
         """
         cdef Slot slot = key.cursor
         cdef SlotMemory memory
-        if slot is None or request.solo or slot.rows + request.rows > key.capacity:
+        if slot is None or request.solo or slot.rows + request.rows > key.limit:
             return 0
         memory = key.memory
         if memory.producer.phase(slot.index) != 1:
             return 0
         if request.fill(memory.inputs + slot.index * memory.input_slot_bytes, slot.rows) < 0:
             return -1
-        if not memory.producer.append(slot.index, request.rows, 0):
+        if not memory.producer.append(slot.index, request.rows, request.due_ns):
             return 0
         enter(slot, request)
         self.lane.burst.touch(memory.producer, request.template.raw_bytes)
@@ -894,6 +902,7 @@ cdef class Connection:
         self.request = None
         if self.mode != RUNNING:
             return
+        self.route = None
         self.mode = IDLE
         self.active_ns = self.lane.burst.now()
         if self.held is not None or self.is_paused:

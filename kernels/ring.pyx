@@ -453,6 +453,14 @@ cdef bint look(_Control lane, Found *found) noexcept:
     return True
 
 
+cdef bint is_before(const Found *one, const Found *other) noexcept:
+    """Whose turn is first. A full slot does not overtake an older row, or a busy front end would starve
+    one with little to do."""
+    if (one.rank == 2) != (other.rank == 2):
+        return one.rank == 2
+    return one.oldest_ns < other.oldest_ns
+
+
 cdef tuple offered(key, Found *found):
     cdef gw_slot *record = found.record
     return (key, found.slot, found.word, GW_ROWS(found.word), gw_peek64(&record.capacity),
@@ -511,7 +519,7 @@ cdef class Consumer:
         lane.close()
 
     def best(self):
-        """The slot to run next: RETRY first, then complete ones, then the one with the oldest row.
+        """The slot to run next: RETRY first, then the one with the oldest row.
 
         Returns (key, slot, word, rows, capacity, oldest_ns, shape_id, is_complete, due_ns) or None; a
         slot is complete when it is full, marked so, or a RETRY. Only `seal` with that word says whether
@@ -538,7 +546,7 @@ cdef class Consumer:
                     if found.slot >= lane.slot_count:
                         break
                     if look(lane, &found):
-                        ranked.append((-found.rank, found.oldest_ns, len(ranked),
+                        ranked.append((found.rank != 2, found.oldest_ns, len(ranked),
                                        offered(key, &found)))
         ranked.sort()
         return [entry[3] for entry in ranked]
@@ -582,9 +590,7 @@ cdef class Consumer:
                     bits &= bits - 1
                     if found.slot >= lane.slot_count:
                         break
-                    if look(lane, &found) and (
-                            best.record is NULL or found.rank > best.rank
-                            or (found.rank == best.rank and found.oldest_ns < best.oldest_ns)):
+                    if look(lane, &found) and (best.record is NULL or is_before(&found, best)):
                         best[0] = found
                         best_key = key
         return best_key

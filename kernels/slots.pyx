@@ -45,13 +45,14 @@ cdef class ShapeKey:
 
     Attributes:
         capacity: rows that a slot holds.
+        limit: rows at which a slot is closed: fewer, where a run of more would cost more a row.
         cursor: the open slot that rows of this shape are appended to; None: there is none.
     """
 
     def __init__(self, number, shape, string_bytes, lane, takes_mates, SlotMemory memory=None):
         self.id = number
         self.shape = shape
-        self.capacity = shape.capacity
+        self.capacity = self.limit = shape.capacity
         self.string_bytes = string_bytes
         self.lane = lane
         self.takes_mates = takes_mates
@@ -114,16 +115,21 @@ cdef class Request:
         level: its place in the queue's order, 0 the highest.
         arrived_ns: monotonic.
         deadline_ns: monotonic end of its time in the queue, 0 for none.
+        due_ns: monotonic time by which its answer is wanted, 0 for none.
         solo: it must not share a slot, also once it was in a batch that failed.
         blame: workers that died of running it alone.
     """
 
-    def __init__(self, ShapeKey key, Py_ssize_t rows, int level, uint64_t arrived_ns, uint64_t deadline_ns):
+    def __init__(
+        self, ShapeKey key, Py_ssize_t rows, int level, uint64_t arrived_ns, uint64_t deadline_ns,
+        uint64_t due_ns=0,
+    ):
         self.key = key
         self.rows = rows
         self.level = level
         self.arrived_ns = arrived_ns
         self.deadline_ns = deadline_ns
+        self.due_ns = due_ns
         self.solo = not key.takes_mates
 
     @property

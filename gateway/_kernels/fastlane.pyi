@@ -25,6 +25,7 @@ class Template:
         rows: int,
         level: int,
         timeout_ns: int,
+        slo_ns: int,
         tail_bytes: int,
         span_count: int,
         sources: tuple[tuple[Any, ...], ...],

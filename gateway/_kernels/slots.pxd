@@ -14,6 +14,7 @@ cdef class ShapeKey:
     cdef readonly Py_ssize_t id
     cdef readonly object shape
     cdef readonly Py_ssize_t capacity
+    cdef public Py_ssize_t limit
     cdef readonly Py_ssize_t string_bytes
     cdef readonly Py_ssize_t lane
     cdef readonly bint takes_mates
@@ -51,6 +52,7 @@ cdef class Request:
     cdef public bint solo
     cdef public uint64_t arrived_ns
     cdef public uint64_t deadline_ns
+    cdef public uint64_t due_ns
     cdef int phase
     cdef int become(self, int phase) except -1
     cdef bint answer_from(self, const char *outputs, uint64_t started_ns, uint64_t finished_ns) except -1

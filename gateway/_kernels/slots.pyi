@@ -16,6 +16,7 @@ class ShapeKey:
     id: int
     shape: Any  # serving.geometry.SlotShape, which is of a higher rank
     capacity: int
+    limit: int
     string_bytes: int
     lane: int
     takes_mates: bool
@@ -61,8 +62,15 @@ class Request:
     solo: bool
     arrived_ns: int
     deadline_ns: int
+    due_ns: int
     def __init__(
-        self, key: ShapeKey, rows: int, level: int, arrived_ns: int, deadline_ns: int
+        self,
+        key: ShapeKey,
+        rows: int,
+        level: int,
+        arrived_ns: int,
+        deadline_ns: int,
+        due_ns: int = 0,
     ) -> None: ...
     @property
     def state(self) -> State: ...

@@ -199,6 +199,7 @@ class Supervisor:
                 "queue_timeout_ns": settings.queue.timeout_ms * NS_PER_MS,
                 "priority_levels": settings.queue.priority_levels,
                 "default_level": settings.queue.default_level,
+                "slo_ns": round((settings.slo_ms or 0) * NS_PER_MS),
                 "config": {
                     "max_queue_delay_us": settings.max_queue_delay_us,
                     "instances": [(spec.device, spec.count) for spec in settings.instances],

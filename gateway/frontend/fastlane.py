@@ -190,7 +190,9 @@ class DataLane(fastlane.Lane):
             call, encode = exchange.understand(body, dispatcher.signature)
             check_call(call, dispatcher.signature, self._limit)
             if split is not None and self._is_worth_learning(split):
-                template = template_of(call, body, split, exchange, dispatcher, route.heads)
+                template = template_of(
+                    call, body, split, json_bytes, exchange, dispatcher, route.heads
+                )
             answer = _Answering(self, connection, route, call, encode, arrived_ns)
             request = dispatcher.submit(call, arrived_ns, answer.on_answer, answer.on_error)
         except Exception as error:

@@ -234,6 +234,7 @@ class SupervisorLink:
                 self._lane_bytes,
                 message["priority_levels"],
                 message["default_level"],
+                message["slo_ns"],
             ),
             board,
             version.metrics,

@@ -39,6 +39,7 @@ def template_of(
     call: InferCall,
     body: bytes,
     split: Split,
+    json_bytes: int,
     exchange: Exchange,
     dispatcher: Dispatcher,
     head_of: dict[str, bytes],
@@ -49,6 +50,7 @@ def template_of(
         call: checked, and not yet submitted: its data are as they came.
         body: that it came in.
         split: of that body.
+        json_bytes: of its text before raw tensors; -1: all of it is text, or msgpack.
         exchange: that understood it.
         dispatcher: of the version that answers.
         head_of: heads of answers, by media type.
@@ -74,7 +76,8 @@ def template_of(
         rows=call.rows,
         level=fit.level,
         timeout_ns=fit.timeout_ns,
-        tail_bytes=_tail_bytes(sources),
+        slo_ns=fit.slo_ns,
+        tail_bytes=-1 if json_bytes < 0 else _tail_bytes(sources),
         span_count=len(split.spans),
         sources=tuple(
             (*sources[p.spec.name], p.offset, p.row_bytes, *_numbers(tensor))

@@ -66,12 +66,14 @@ _EXPIRED = "the request's time in the queue ran out before it was run"
 class Fit(NamedTuple):
     """What requests that are like a call have in common.
 
-    ``level`` is their place in the queue's order, ``timeout_ns`` their time in it, 0 for any.
+    ``level`` is their place in the queue's order, ``timeout_ns`` their time in it, 0 for any; ``slo_ns`` is
+    the latency that they aim at, 0 for any.
     """
 
     key: ShapeKey
     level: int
     timeout_ns: int
+    slo_ns: int
     is_padded: bool
 
 
@@ -147,9 +149,10 @@ class Dispatcher:
         self.check_room()
         key, lengths = self._placement.fit(call)
         deadline_ns = self._limits.deadline_ns(call.timeout_us, arrived_ns)
+        due_ns = self._limits.due_ns(call.timeout_us, arrived_ns)
         level = self._limits.level(call.priority)
         request = CallRequest(
-            call, key, lengths, level, arrived_ns, deadline_ns, on_answer, on_error
+            call, key, lengths, level, arrived_ns, deadline_ns, on_answer, on_error, due_ns
         )
         self.admit(request)
         return request
@@ -170,6 +173,7 @@ class Dispatcher:
             request.materialise()
             self._queue.put(request)
             self.intake.has_queue = True
+            self.metrics.queue_depth(self.waiting())
         self.intake.in_flight += 1
         if request.deadline_ns:
             self._deadlines.add(request)
@@ -178,7 +182,8 @@ class Dispatcher:
         """What requests that are like this call have in common. TooLarge, Unavailable: see `submit`."""
         key, lengths = self._placement.fit(call)
         level = self._limits.level(call.priority)
-        return Fit(key, level, self._limits.deadline_ns(call.timeout_us, 0), bool(lengths))
+        timeout_ns = self._limits.deadline_ns(call.timeout_us, 0)
+        return Fit(key, level, timeout_ns, self._limits.due_ns(call.timeout_us, 0), bool(lengths))
 
     def cancel(self, request: Submission) -> None:
         """The client is gone: the request never runs unless a worker has it already."""
@@ -186,6 +191,10 @@ class Dispatcher:
             self._take_back(request)
             self._end(request)
             self._pump()
+
+    def has_worker(self, request: Submission) -> bool:
+        """Whether a worker has taken the request, so that it cannot be kept from running."""
+        return request.state is State.PLACED and not self._placement.is_unsealed(request)
 
     def expire(self, request: Submission) -> None:
         """Its time in the queue is over: answered now, unless a worker has it already."""
@@ -285,9 +294,12 @@ class Dispatcher:
 
     def _pump(self) -> None:
         """Move queued requests into slots for as long as there is room."""
+        if not self.intake.has_queue:
+            return
         while (request := self._queue.next()) is not None and self._place(request):
             self._queue.remove_next(request)
         self.intake.has_queue = request is not None
+        self.metrics.queue_depth(self.waiting())
 
     def _take_back(self, request: Submission) -> bool:
         """Keep a request from running; False when a worker has it."""
@@ -333,7 +345,6 @@ class Dispatcher:
             return False
         started_ns, finished_ns = lane.producer.times(slot.index)
         compute_ns = max(0, finished_ns - started_ns)
-        self.metrics.batch(slot.rows, compute_ns)
         rest: Sequence[Submission] = slot.requests
         if slot.key.shape.outputs is not None:
             rest = lane.memory.answer(slot, started_ns, finished_ns)
@@ -411,4 +422,5 @@ class Dispatcher:
             request.solo = True
         self._placement.release(slot)
         self._queue.put_first(live)
+        self.intake.has_queue = True
         self._pump()

@@ -109,7 +109,7 @@ class Lane:
             key.id,
             key.shape.capacity,
             geometry.flatten(self.signature, key.shape),
-            request.deadline_ns,
+            request.due_ns,
         )
         self._free.pop()
         self._enter(slot, request)
@@ -124,7 +124,7 @@ class Lane:
         if self.producer.phase(slot.index) != ring.OPEN:
             return False
         request.write(self, slot)
-        if not self.producer.append(slot.index, request.rows, request.deadline_ns):
+        if not self.producer.append(slot.index, request.rows, request.due_ns):
             return False
         self._enter(slot, request)
         return True

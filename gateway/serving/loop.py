@@ -58,6 +58,7 @@ class Worker:
                 return
             if not self._lanes:
                 self._mailbox.wait()
+                now_ns = monotonic_ns()
                 continue
             taken = take(now_ns, may_hold)
             if taken is None:

@@ -101,7 +101,7 @@ class Placement:
         lane = self.lanes[key.lane]
         cursor = key.cursor
         if cursor is not None and not request.solo:
-            fits = cursor.rows + request.rows <= key.capacity
+            fits = cursor.rows + request.rows <= key.limit
             if fits and key.string_bytes:
                 fits = cursor.string_bytes + request.string_bytes <= key.string_bytes
             if fits and lane.append(cursor, request):
@@ -115,7 +115,8 @@ class Placement:
         if not lane.has_free_slot():
             return False
         slot = lane.open(request)
-        if request.solo or slot.rows == key.capacity:
+        key.limit = min(key.capacity, lane.producer.best_rows() or key.capacity)
+        if request.solo or slot.rows >= key.limit:
             self._complete_slot(lane, slot)
         else:
             key.cursor = slot
@@ -133,6 +134,11 @@ class Placement:
         else:
             self.lanes[slot.lane].producer.wake()
         return True
+
+    def is_unsealed(self, request: Submission) -> bool:
+        """Whether a placed request is out of every worker's hands."""
+        slot = request.slot
+        return slot is not None and self.lanes[slot.lane].is_unsealed(slot)
 
     def retry(self, slot: Slot) -> None:
         """Have a slot whose worker is dead run by another."""

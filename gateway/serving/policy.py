@@ -7,8 +7,11 @@ fixed delay it is held for that. With a due time it is held in the window in whi
 it (deferred dispatch: Symphony, 2023, seals in [d - l(b+1), d - l(b)]), and there only
 
 - where that row would be late if it had to wait for the run: where it would not, holding wins nothing, and
-  loses time that a burst needs later (both were simulated, `benchmarks/policy.py`);
+  loses time that a burst needs later;
+- where rows cost little beside the run: otherwise longer runs make the next ones longer;
 - while waiting for it costs less than running it later by itself: the worker could have been working.
+
+Each of the three was found missing by simulation (`benchmarks/policy.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +23,10 @@ from gateway.serving.costs import Cost
 
 SLACK_NS = 300_000
 """Between a run and the due time: what a wake-up and the front end take."""
+
+FLAT = 0.25
+"""Most of the time between two rows that one more row of a batch may cost, where batches are held back. Above
+it a run that is longer by what was held makes the next one longer as well, and later rows pay for it."""
 
 COPY_NS = 15_000
 """What it takes to copy a fragment to the memory of a packed run and its outputs back, by measurement."""
@@ -94,8 +101,12 @@ def _window_end_ns(offer: Offer, now_ns: int, cost: Cost, gap_ns: float) -> int:
     gap_ns = max(gap_ns, now_ns - offer.latest_ns, 1)
     if gap_ns >= patience_ns or now_ns + gap_ns > end_ns:
         return 0
+    limit = cost.best_rows or offer.capacity
+    more = max(1, min(rows, limit - rows))
+    if (cost.expected_ns(rows + more) or 0) - alone_ns > FLAT * gap_ns * more:
+        return 0
     # The next row, if this one's run begins now: it is in the run after it, with all that come meanwhile.
-    next_rows = min(cost.best_rows or offer.capacity, int(alone_ns / gap_ns) + 1)
+    next_rows = min(limit, int(alone_ns / gap_ns) + 1)
     after_ns = cost.at_worst_ns(next_rows) or 0
     if alone_ns + after_ns + SLACK_NS <= gap_ns + offer.due_ns - offer.oldest_ns:
         return 0

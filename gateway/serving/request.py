@@ -69,6 +69,7 @@ class Submission(Protocol):
     solo: bool
     arrived_ns: int
     deadline_ns: int
+    due_ns: int
     lengths: Mapping[str, int]
     string_bytes: int
 
@@ -110,6 +111,7 @@ class CallRequest(Request):
         deadline_ns: monotonic end of its time in the queue, 0 for none.
         on_answer: called once with its outputs, unless `on_error` is, or it is cancelled.
         on_error: called once when it failed or expired.
+        due_ns: monotonic time by which its answer is wanted, 0 for none.
     """
 
     __slots__ = ("answer", "call", "fail", "lengths", "string_bytes")
@@ -124,8 +126,9 @@ class CallRequest(Request):
         deadline_ns: int,
         on_answer: OnAnswer,
         on_error: OnError,
+        due_ns: int = 0,
     ) -> None:
-        super().__init__(key, call.rows, level, arrived_ns, deadline_ns)
+        super().__init__(key, call.rows, level, arrived_ns, deadline_ns, due_ns)
         self.call = call
         self.lengths = lengths
         self.string_bytes = string_bytes(call) if key.string_bytes else 0

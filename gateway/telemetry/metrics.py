@@ -89,8 +89,8 @@ class Metrics(Collector):
 class VersionMetrics:
     """The metrics of one version of a model, as one front end counts and sees them.
 
-    Until the version is served there is no ledger to share, and after `remove` none any more: then it
-    counts in private memory, for `statistics` alone.
+    Before `attach` there is no ledger to share, and after `remove` none any more: meanwhile it counts in
+    private memory.
 
     Attributes:
         counters: where this front end counts. `attach` and `remove` put another in its place.
@@ -130,9 +130,6 @@ class VersionMetrics:
     def failed(self, code: int, total_ns: int) -> None:
         """A request ended with an error."""
         self.counters.failed(code, total_ns)
-
-    def batch(self, rows: int, compute_ns: int) -> None:
-        """Nothing: workers count their runs themselves."""
 
     def queue_depth(self, requests: int) -> None:
         """How many requests wait in this front end."""

@@ -499,7 +499,7 @@ def test_best_prefers_retries_whatever_their_age(ring: Ring) -> None:
     assert order == [(2, True), (0, True), (1, False), (3, False)]
 
 
-def test_best_prefers_what_nothing_more_can_join(ring: Ring) -> None:
+def test_a_slot_that_nothing_more_can_join_does_not_overtake_an_older_row(ring: Ring) -> None:
     for slot, (rows, oldest_ns) in enumerate(((1, 10), (CAPACITY, 40), (2, 30), (1, 20))):
         ring.open(slot, rows, oldest_ns=oldest_ns)
     ring.producer.complete(2)
@@ -507,7 +507,7 @@ def test_best_prefers_what_nothing_more_can_join(ring: Ring) -> None:
     while (found := ring.consumer.best()) is not None:
         order.append((found[1], found[7]))
         assert ring.consumer.seal("lane", found[1], found[2], 1)
-    assert order == [(2, True), (1, True), (0, False), (3, False)]
+    assert order == [(0, False), (3, False), (2, True), (1, True)]
 
 
 def test_completeness_ends_with_the_slots_use(ring: Ring) -> None:
@@ -555,7 +555,7 @@ def test_offers_are_all_of_them_in_the_order_in_which_they_would_be_taken(
     ring.seal(3)
     ring.producer.retry(3)
     offers = ring.consumer.offers()
-    places = [("lane", 3), ("lane", 1), ("lane", 0), ("second", 0), ("lane", 2), ("second", 1)]
+    places = [("lane", 3), ("lane", 0), ("second", 0), ("lane", 2), ("lane", 1), ("second", 1)]
     assert [offer[:2] for offer in offers] == places
     for offer in offers:
         assert ring.consumer.best() == offer

@@ -263,7 +263,6 @@ def test_worker_kills_under_load_of_two_front_ends_lose_no_request(echo):
         assert mappings.count("gateway-inputs") == 2  # a lane of each front end
 
 
-@pytest.mark.xfail(strict=True, reason="workers take any complete slot before an older row")
 def test_a_front_end_with_little_to_do_does_not_wait_for_one_with_much(make_repository):
     """One always has full batches waiting; the other now and then a single row."""
     repository = make_repository("slow")

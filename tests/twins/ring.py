@@ -440,14 +440,16 @@ class Consumer:
                 if word.phase in (OPEN, RETRY):
                     is_full = word.rows >= lane.field(slot, SLOT_CAPACITY)
                     is_complete = is_full or lane.field(slot, SLOT_COMPLETE) != 0
-                    rank = 0 if word.phase == RETRY else 1 if is_complete else 2
+                    is_complete = is_complete or word.phase == RETRY
                     oldest_ns = lane.field(slot, SLOT_OLDEST)
-                    found.append((rank, oldest_ns, order, slot, key, lane, word))
+                    rank = word.phase != RETRY, oldest_ns, order, slot
+                    found.append((rank, key, lane, word, is_complete))
         offers = []
-        for rank, oldest_ns, _, slot, key, lane, word in sorted(found, key=lambda entry: entry[:4]):
+        for rank, key, lane, word, is_complete in sorted(found, key=lambda entry: entry[0]):
+            _, oldest_ns, _, slot = rank
             capacity, shape_id = lane.field(slot, SLOT_CAPACITY), lane.field(slot, SLOT_SHAPE)
             stated = (word.pack(), word.rows, capacity, oldest_ns, shape_id)
-            offers.append((key, slot, *stated, rank < 2, lane.field(slot, SLOT_DUE)))
+            offers.append((key, slot, *stated, is_complete, lane.field(slot, SLOT_DUE)))
         return offers
 
     def take(self, now_ns: int, may_hold: bool) -> tuple[Offered, bool] | None:

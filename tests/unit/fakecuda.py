@@ -6,7 +6,6 @@ otherwise everything happens at once. What is right under both does not depend o
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 from collections import Counter, deque
 from collections.abc import Callable
@@ -196,6 +195,10 @@ class FakeGpuSession(ModelSession):
             raise error
         self.graphs.append(int(options.get_run_config_entry("gpu_graph_id")))
         run = super()._run
+        if not _is_queued(options):
+            self.cudart.run_until(self.gpu.compute_stream)
+            run(binding, options)
+            return
 
         def work() -> None:
             try:
@@ -204,7 +207,10 @@ class FakeGpuSession(ModelSession):
                 self.cudart.fail()
 
         self.cudart.enqueue(self.gpu.compute_stream, work)
-        with contextlib.suppress(RuntimeError):  # where the entry is not set
-            if options.get_run_config_entry("disable_synchronize_execution_providers"):
-                return
-        self.cudart.run_until(self.gpu.compute_stream)
+
+
+def _is_queued(options) -> bool:
+    try:
+        return options.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+    except RuntimeError:  # it is not set
+        return False

@@ -18,7 +18,7 @@ from gateway.serving.policy import (
 )
 
 MS = 1_000_000
-FIXED, EACH = 50 * MS, MS
+FIXED, EACH = 50 * MS, MS // 100
 SLO = 85 * MS
 """A row is in time where it is run at once, and late where it has to wait for a run before."""
 
@@ -73,7 +73,7 @@ def test_a_batch_is_held_while_one_more_row_would_still_be_in_time():
 
 
 def test_waiting_ends_when_it_costs_more_than_a_run_saves():
-    """Ten rows in 60 ms now, or eleven in 61 ms and the wait: even when the wait is 5 ms."""
+    """Ten rows in 50 ms now, or eleven in 50 ms and the wait: even when the wait is 5 ms."""
     latest_ns = 7 * MS
     held, cost = Offer(10, 0, latest_ns, SLO, capacity=32), learned(sizes=(10, 11, 32))
     until_ns = hold_until(held, latest_ns, 0, cost, MS)
@@ -96,7 +96,7 @@ def test_a_next_row_that_is_expected_after_the_window_is_not_waited_for():
 
 
 def test_a_row_that_will_be_in_time_after_the_run_is_not_waited_for():
-    """It comes 5 ms after this one and is run with 10 others, from 51 to 112 ms at best."""
+    """It comes 5 ms after this one, and is run with ten others when this one's run is over."""
     late_ns = law(1) + law(11) + SLACK_NS - 5 * MS
     assert hold_until(offer(1, 0, late_ns - MS), 0, 0, learned(), 5 * MS) is not None
     assert hold_until(offer(1, 0, 2 * late_ns), 0, 0, learned(), 5 * MS) is None
@@ -131,11 +131,11 @@ def test_a_batch_of_the_best_size_is_not_held():
         assert hold_until(offer(rows, 0, SLO), 0, 90 * MS, cost, MS) is None
 
 
-def test_padding_that_is_paid_anyway_is_worth_waiting_for():
-    """Where five rows run as eight, a sixth costs nothing; a ninth costs a larger size."""
-    cost = learned(lambda n: EACH * n, (8, 16), allowed=(8, 16))
-    assert hold_until(offer(5, 0, 12 * MS), 0, 0, cost, MS) is not None
-    assert hold_until(offer(8, 0, 20 * MS), 0, 0, cost, MS) is None
+def test_a_batch_is_not_held_where_its_rows_cost_as_much_as_come():
+    """A row takes 0.2 ms of a run; one comes each 0.9 ms, or each 0.7 ms."""
+    cost = learned(lambda n: FIXED + MS // 5 * n)
+    assert hold_until(offer(2, 0, SLO), 0, 0, cost, 0.9 * MS) is not None
+    assert hold_until(offer(2, 0, SLO), 0, 0, cost, 0.7 * MS) is None
 
 
 @given(
