@@ -166,4 +166,18 @@ static inline void gw_ring_bell(int fd) {
     ssize_t r = write(fd, &one, sizeof one);
     (void)r;
 }
+/* Tells the core that this is a loop that waits. */
+static inline void gw_pause(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ __volatile__("yield");
+#endif
+}
+
+static inline uint64_t gw_now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
 #endif

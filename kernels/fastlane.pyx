@@ -84,6 +84,9 @@ cdef enum:
     MAX_PIECES = 32  # of an answer
     POOL_BYTES = 1 << 25  # of receive buffers that are kept for the next large body
     POOL_STEP = 1 << 16  # their sizes are multiples of this
+    LINGER_NS = 60_000  # that a lone request's answer is looked for before the event loop sleeps
+    LINGER_CREDIT = 8  # lone requests whose answers came in that time, of which one miss costs all
+    LINGER_PAUSE = 256  # lone requests after a miss that are not waited for
     WAKE_BYTES = 1 << 18  # written into slots since workers were woken: they need not wait for the rest
 
 cdef enum Mode:
@@ -118,11 +121,20 @@ cdef inline uint64_t monotonic_ns() noexcept nogil:
 cdef class Burst:
     """What is done once for all that one turn of the event loop brings: a clock read, waking workers.
 
+    A request that came alone, to a front end that has no other, is waited for: looking at shared memory
+    for a moment costs less than being woken, twice over, where the model is fast. Where it was not fast
+    enough, or there is but one core, nobody waits.
+
     Args:
         call_soon: the event loop's.
+        may_linger: there is a core to spare.
     """
 
     cdef object call_soon
+    cdef dict listeners
+    cdef int credit
+    cdef bint may_linger
+    cdef bint is_alone
     cdef object end_method
     cdef list producers
     cdef uint64_t now_ns
@@ -131,8 +143,11 @@ cdef class Burst:
     cdef char[GW_DATE_CHARS] date
     cdef int64_t date_s
 
-    def __init__(self, call_soon):
+    def __init__(self, call_soon, bint may_linger=False):
         self.call_soon = call_soon
+        self.may_linger = may_linger
+        self.listeners = {}
+        self.credit = LINGER_CREDIT
         self.end_method = self.end
         self.producers = []
 
@@ -148,6 +163,13 @@ cdef class Burst:
                 gw_put_date(self.date, wall.tv_sec)
             self.call_soon(self.end_method)
         return self.now_ns
+
+    def listen(self, Producer producer not None, on_report):
+        """Have a function called for reports that are seen without a bell; None: it is not there any more."""
+        if on_report is None:
+            self.listeners.pop(producer, None)
+        else:
+            self.listeners[producer] = on_report
 
     def wake(self, Producer producer not None):
         """Wake a worker for what the producer published, when the burst ends."""
@@ -166,13 +188,28 @@ cdef class Burst:
     def end(self):
         """The burst is over."""
         cdef Producer producer
-        self.is_open = False
+        cdef bint is_alone = self.is_alone
+        self.is_open = self.is_alone = False
         self.written = 0
         if self.producers:
             producers, self.producers = self.producers, []
             for producer in producers:
                 if producer.control.lane is not NULL:  # its version may have gone meanwhile
                     producer.wake()
+                    if is_alone and self.may_linger:
+                        self.linger(producer)
+
+    cdef int linger(self, Producer producer) except -1:
+        """Wait a moment for the answer of the one request there is."""
+        if self.credit <= 0:
+            self.credit += 1
+            return 0
+        if producer.linger(LINGER_NS):
+            self.credit = min(self.credit + 1, LINGER_CREDIT)
+            self.listeners[producer]()
+        else:
+            self.credit = -LINGER_PAUSE
+        return 0
 
 
 cdef struct Source:
@@ -196,6 +233,7 @@ cdef struct Piece:
     Py_ssize_t offset  # of an output's first row in a slot
     Py_ssize_t row_bytes  # 0 for what has no rows
     bint is_id
+    bint is_text  # an output as text, which `Template.writers` makes of its bytes
 
 
 cdef class Template:
@@ -209,12 +247,14 @@ cdef class Template:
         slo_ns: the latency that it aims at, 0 for any.
         tail_bytes: raw bytes behind the JSON text; -1: the whole body is text, or msgpack.
         span_count: spans that the splitter finds.
-        sources: for each input (kind, span, at, nbytes, offset, row_bytes, datatype, count, dims), dims
+        sources: for each input (kind, span, at, nbytes, datatype, count, dims, offset, row_bytes), dims
             None where numbers may nest in any way.
         head: the answer's status line and headers, but those that follow from the body and the moment.
-        json_bytes: of the answer's text before raw tensors, without the id; -1: no such header.
-        pieces: of the answer's body: bytes, (offset, nbytes, row_bytes) of an output in the slot, or None
-            for the request's id.
+        json_bytes: of the answer's text before raw tensors, without id and texts of outputs; -1: no such
+            header.
+        pieces: of the answer's body: bytes, (offset, nbytes, row_bytes, writer) of an output in the slot, or
+            None for the request's id. A writer makes text of an output's bytes; None: they go out as they
+            are.
         encode: makes the body where it is not of pieces: called with the request's id (or None) and the
             address-free views of its outputs.
         outputs: for `encode`: (offset, row_bytes, nbytes) of each output.
@@ -236,7 +276,9 @@ cdef class Template:
     cdef list kept
     cdef Piece[MAX_PIECES] pieces
     cdef int piece_count
-    cdef Py_ssize_t body_bytes
+    cdef Py_ssize_t body_bytes  # without texts and the id
+    cdef list writers  # by piece
+    cdef bint has_texts
     cdef object encode
     cdef tuple outputs
 
@@ -261,7 +303,7 @@ cdef class Template:
         cdef Source *s
         cdef Piece *p
         cdef int i, j
-        for i, (kind, span, at, nbytes, offset, row_bytes, datatype, count, dims) in enumerate(sources):
+        for i, (kind, span, at, nbytes, datatype, count, dims, offset, row_bytes) in enumerate(sources):
             s = &self.sources[i]
             s.kind, s.span, s.at, s.nbytes = kind, span, at, nbytes
             s.offset, s.row_bytes, s.datatype, s.count = offset, row_bytes, datatype, count
@@ -274,17 +316,24 @@ cdef class Template:
                 for j in range(s.rank):
                     s.dims[j] = dims[j]
         self.kept = []
+        self.writers = []
         for i, part in enumerate(pieces):
             p = &self.pieces[i]
-            p.text, p.offset, p.row_bytes, p.is_id, p.nbytes = NULL, 0, 0, False, 0
+            p.text, p.offset, p.row_bytes, p.nbytes = NULL, 0, 0, 0
+            p.is_id = p.is_text = False
+            writer = None
             if part is None:
                 p.is_id = True
             elif isinstance(part, bytes):
                 self.kept.append(part)
                 p.text, p.nbytes = PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part)
             else:
-                p.offset, p.nbytes, p.row_bytes = part
-            self.body_bytes += p.nbytes
+                p.offset, p.nbytes, p.row_bytes, writer = part
+                p.is_text = writer is not None
+            self.writers.append(writer)
+            self.has_texts = self.has_texts or p.is_text
+            if not p.is_text:
+                self.body_bytes += p.nbytes
         self.piece_count = len(pieces)
 
     def __dealloc__(self):
@@ -442,12 +491,11 @@ cdef class FastRequest(Request):
             self.rows, now_ns - self.arrived_ns if now_ns > self.arrived_ns else 0,
             started_ns - self.arrived_ns if started_ns > self.arrived_ns else 0,
             finished_ns - started_ns if finished_ns > started_ns else 0)
-        if self.template.encode is None:
-            connection.send_pieces(self, outputs)
-            connection.finish()
-            return True
         try:
-            self.encode(outputs)
+            if self.template.encode is None:
+                connection.send_pieces(self, outputs)
+            else:
+                self.encode(outputs)
         except Exception as error:
             connection.lane.refuse(connection, self.route, error, self.arrived_ns)
         else:
@@ -478,6 +526,7 @@ cdef class Lane:
         max_request_bytes: longest body.
         max_head_bytes: longest head; aiohttp refuses longer ones.
         seed: 16 random bytes, for request ids.
+        may_linger: there is a core to spare for waiting (`Burst`).
 
     ``is_open`` is whether requests take the fast lane at all; otherwise all go to aiohttp.
 
@@ -499,8 +548,11 @@ cdef class Lane:
     cdef dict pool
     cdef Py_ssize_t pooled
 
-    def __init__(self, loop, Py_ssize_t max_request_bytes, Py_ssize_t max_head_bytes, bytes seed):
-        self.burst = Burst(loop.call_soon)
+    def __init__(
+        self, loop, Py_ssize_t max_request_bytes, Py_ssize_t max_head_bytes, bytes seed,
+        bint may_linger=False,
+    ):
+        self.burst = Burst(loop.call_soon, may_linger)
         self.routes = {}
         self.max_request_bytes = max_request_bytes
         self.max_head_bytes = max_head_bytes
@@ -562,6 +614,7 @@ cdef class Connection:
     cdef bytes held  # what came behind the request in flight, or part of a head
     cdef bint is_paused
     cdef bint is_reading
+    cdef bint is_clogged  # it does not read its answers
     cdef bint is_half_closed
     cdef bytearray body
     cdef Py_ssize_t body_bytes
@@ -616,14 +669,17 @@ cdef class Connection:
         return self.mode == RUNNING and self.route.dispatcher.has_worker(self.request)
 
     def pause_writing(self):
-        """The client reads slowly; aiohttp waits, the fast lane's answers are whole."""
+        """The client reads slowly: what it has asked for is answered, and nothing more taken."""
+        self.is_clogged = True
         if self.aside is not None:
             self.aside.handler.pause_writing()
 
     def resume_writing(self):
         """It has caught up."""
+        self.is_clogged = False
         if self.aside is not None:
             self.aside.handler.resume_writing()
+        self.read_held()
 
     def get_buffer(self, Py_ssize_t sizehint):
         """Where the next bytes go."""
@@ -634,7 +690,9 @@ cdef class Connection:
     def buffer_updated(self, Py_ssize_t nbytes):
         """They are there."""
         cdef bytes data
-        if self.mode == IDLE:
+        if self.mode == IDLE and self.is_clogged:
+            self.hold(PyBytes_FromStringAndSize(self.lane.data, nbytes))
+        elif self.mode == IDLE:
             if self.held is None:
                 self.is_reading = True
                 try:
@@ -695,14 +753,14 @@ cdef class Connection:
             return 0
         self.is_reading = True
         try:
-            while self.mode == IDLE and self.held is not None:
+            while self.mode == IDLE and self.held is not None and not self.is_clogged:
                 data = self.held
                 self.held = None
                 if not self.read(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)):
                     break
         finally:
             self.is_reading = False
-        if self.is_paused and self.mode == IDLE:
+        if self.is_paused and not self.is_clogged and self.mode != RUNNING and self.mode != CLOSED:
             self.is_paused = False
             self.transport.resume_reading()
         return 0
@@ -833,10 +891,12 @@ cdef class Connection:
             if i < 0:
                 return False
             if i > 0:
+                self.lane.burst.is_alone = False
                 intake.in_flight += 1
                 request.connection = self
                 self.request = request
                 return True
+        self.lane.burst.is_alone = intake.in_flight == 0
         try:
             route.dispatcher.check_room()
             route.dispatcher.admit(request)
@@ -907,8 +967,8 @@ cdef class Connection:
         self.active_ns = self.lane.burst.now()
         if self.held is not None or self.is_paused:
             self.read_held()
-        if self.is_half_closed and self.mode == IDLE:
-            self.transport.close()
+        if self.is_half_closed and not self.is_reading and self.mode != RUNNING:
+            self.transport.close()  # what is left of its last request will never come
 
     cdef Py_ssize_t put_head(self, bytes head, Py_ssize_t body_bytes, Py_ssize_t json_bytes) except -1:
         """Write an answer's head to the lane's buffer; its bytes."""
@@ -948,14 +1008,25 @@ cdef class Connection:
         cdef Template t = request.template
         cdef Py_ssize_t id_bytes = 0 if request.id is None else PyBytes_GET_SIZE(request.id)
         cdef Py_ssize_t json_bytes = t.json_bytes
+        cdef Py_ssize_t text_bytes = 0
+        cdef list texts = None
         cdef Piece *p
         cdef int i
         if self.mode == CLOSED:
             return 0
+        if t.has_texts:
+            texts = []
+            for i in range(t.piece_count):
+                p = &t.pieces[i]
+                texts.append(None)
+                if p.is_text:
+                    texts[i] = t.writers[i](PyBytes_FromStringAndSize(
+                        outputs + p.offset + request.start * p.row_bytes, p.nbytes))
+                    text_bytes += len(<bytes?>texts[i])
         if json_bytes >= 0:
-            json_bytes += id_bytes
+            json_bytes += id_bytes + text_bytes
         parts[0].iov_base = self.lane.out
-        parts[0].iov_len = self.put_head(t.head, t.body_bytes + id_bytes, json_bytes)
+        parts[0].iov_len = self.put_head(t.head, t.body_bytes + text_bytes + id_bytes, json_bytes)
         for i in range(t.piece_count):
             p = &t.pieces[i]
             parts[i + 1].iov_len = p.nbytes
@@ -964,6 +1035,9 @@ cdef class Connection:
             elif p.is_id:
                 parts[i + 1].iov_base = <void *>PyBytes_AS_STRING(request.id)
                 parts[i + 1].iov_len = id_bytes
+            elif p.is_text:
+                parts[i + 1].iov_base = <void *>PyBytes_AS_STRING(<bytes>texts[i])
+                parts[i + 1].iov_len = PyBytes_GET_SIZE(<bytes>texts[i])
             else:
                 parts[i + 1].iov_base = <void *>(outputs + p.offset + request.start * p.row_bytes)
         return self.send(parts, t.piece_count + 1)

@@ -37,6 +37,8 @@ cdef extern from "atomics.h" nogil:
     int gw_futex_wait(uint32_t *word, uint32_t expected, uint64_t until_ns)
     void gw_futex_wake(uint32_t *word)
     void gw_ring_bell(int fd)
+    void gw_pause()
+    uint64_t gw_now_ns()
 
 cdef extern from "ring_layout.h" nogil:
     enum:
@@ -400,6 +402,27 @@ cdef class Producer:
                 gw_store32(&self.control.lane.armed, 0)
                 return False
         return True
+
+    def linger(self, uint64_t max_ns):
+        """Look for reports for a short while, without a bell; whether there is something to collect.
+
+        The bell is armed again afterwards unless there is: then `collect` and `arm` as after a bell. For
+        a front end that has nothing else to do: a worker that is about to finish then need not ring, and
+        nobody has to be woken.
+        """
+        self.control.check(0)
+        cdef uint64_t end_ns = gw_now_ns() + max_ns
+        cdef Py_ssize_t words = (self.control.slot_count + 63) >> 6
+        cdef Py_ssize_t i
+        cdef int turn
+        gw_store32(&self.control.lane.armed, 0)
+        while gw_now_ns() < end_ns:
+            for turn in range(32):
+                for i in range(words):
+                    if gw_load64(&self.control.lane.done_bits[i]) != 0:
+                        return True
+                gw_pause()
+        return not self.arm()
 
     cpdef bint wake(self) except -1:
         """Wake one waiting worker, if one waits; call after rows became sealable."""

@@ -13,7 +13,8 @@ BIN: Final[int]
 ID: Final[int]
 
 class Burst:
-    def __init__(self, call_soon: Any) -> None: ...
+    def __init__(self, call_soon: Any, may_linger: bool = False) -> None: ...
+    def listen(self, producer: Producer, on_report: Any) -> None: ...
     def wake(self, producer: Producer) -> None: ...
     def end(self) -> None: ...
 
@@ -62,7 +63,12 @@ class Lane:
     burst: Burst
     is_open: bool
     def __init__(
-        self, loop: AbstractEventLoop, max_request_bytes: int, max_head_bytes: int, seed: bytes
+        self,
+        loop: AbstractEventLoop,
+        max_request_bytes: int,
+        max_head_bytes: int,
+        seed: bytes,
+        may_linger: bool = False,
     ) -> None: ...
     @property
     def route_count(self) -> int: ...

@@ -91,8 +91,8 @@ class Aside:
     def _leave(self) -> None:
         if self._left == 0 and self._is_answered:
             self._is_answered = False
-            # Soon: aiohttp has yet to set its keep-alive timer, which is not for this connection.
-            self._loop.call_soon(self._resume)
+            # Two turns on: aiohttp sets its keep-alive timer in the next one, and that is to be cancelled.
+            self._loop.call_soon(self._loop.call_soon, self._resume)
 
     def _resume(self) -> None:
         self.handler.keep_alive(True)

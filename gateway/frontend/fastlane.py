@@ -17,7 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from gateway._kernels import fastlane
-from gateway._kernels.fastlane import Connection, Route, Split
+from gateway._kernels.fastlane import Connection, Route, Split, Template
 from gateway.clock import NS_PER_S, monotonic_ns
 from gateway.errors import GatewayError
 from gateway.frontend.answers import RETRY_AFTER_S, SERVER
@@ -84,7 +84,11 @@ class DataLane(fastlane.Lane):
     ) -> None:
         self._loop = asyncio.get_running_loop()
         super().__init__(
-            self._loop, options.max_request_bytes, options.max_header_bytes, os.urandom(16)
+            self._loop,
+            options.max_request_bytes,
+            options.max_header_bytes,
+            os.urandom(16),
+            may_linger=len(os.sched_getaffinity(0)) > options.frontends,
         )
         self.is_open = options.fast_lane
         self._table = routes
@@ -190,9 +194,7 @@ class DataLane(fastlane.Lane):
             call, encode = exchange.understand(body, dispatcher.signature)
             check_call(call, dispatcher.signature, self._limit)
             if split is not None and self._is_worth_learning(split):
-                template = template_of(
-                    call, body, split, json_bytes, exchange, dispatcher, route.heads
-                )
+                template = self._learn(call, route, body, json_bytes, media, split)
             answer = _Answering(self, connection, route, call, encode, arrived_ns)
             request = dispatcher.submit(call, arrived_ns, answer.on_answer, answer.on_error)
         except Exception as error:
@@ -201,6 +203,32 @@ class DataLane(fastlane.Lane):
         connection.began(request)
         if split is not None and template is not None:
             route.learn(split.skeleton, template)
+
+    def _learn(
+        self,
+        call: InferCall,
+        route: Route,
+        body: bytes,
+        json_bytes: int,
+        media: int,
+        split: Split,
+    ) -> Template | None:
+        """A template of a request that is good; None where there is none, whatever the reason."""
+        try:
+            return template_of(
+                call,
+                body,
+                split,
+                json_bytes,
+                partial(route.exchange, media),
+                route.dispatcher,
+                route.heads,
+            )
+        except GatewayError:
+            return None
+        except Exception:
+            log.exception("a request could not be learned")
+            return None
 
     def _is_worth_learning(self, split: Split) -> bool:
         """Whether its skeleton was seen before: what comes once is not worth a template."""

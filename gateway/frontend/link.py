@@ -22,6 +22,7 @@ from mmap import mmap
 from typing import Any
 
 from gateway._kernels import ring
+from gateway._kernels.fastlane import Burst
 from gateway.clock import NS_PER_S, monotonic_ns
 from gateway.errors import Unavailable
 from gateway.frontend.operations import Operations
@@ -57,7 +58,7 @@ class SupervisorLink:
         on_drain: called once when the supervisor asks for it.
         on_orphaned: called once when the supervisor is gone.
         on_change: called after each message: what was known of versions and routes may be wrong.
-        wake: has a worker woken, now or soon, for rows that it could seal.
+        burst: wakes workers for rows that they could seal, and is told where reports come from.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class SupervisorLink:
         on_drain: Callable[[], None],
         on_orphaned: Callable[[], None],
         on_change: Callable[[], None],
-        wake: Callable[[ring.Producer], object],
+        burst: Burst,
     ) -> None:
         self._channel = channel
         self._routes = routes
@@ -82,7 +83,7 @@ class SupervisorLink:
         self._on_drain = on_drain
         self._on_orphaned = on_orphaned
         self._on_change = on_change
-        self._wake = wake
+        self._burst = burst
         self._loop = asyncio.get_running_loop()
         self.told = asyncio.Event()
         """Set once the first routes are here: before that, every model would be unknown."""
@@ -200,6 +201,7 @@ class SupervisorLink:
         dispatcher.fail_all(error)
         for lane in dispatcher.lanes:
             self._loop.remove_reader(lane.bell)
+            self._burst.listen(lane.producer, None)
         dispatcher.close()
         with suppress(BufferError):  # a view lives on in a traceback: unmapped with it
             self._boards.pop((version.model, version.number)).close()
@@ -222,6 +224,7 @@ class SupervisorLink:
 
         def watch(lane: Lane) -> None:
             self._loop.add_reader(lane.bell, dispatcher.on_bell, lane)
+            self._burst.listen(lane.producer, partial(dispatcher.on_report, lane))
 
         def convicted() -> None:
             self._channel.send("convicted", model=version.model, version=version.number)
@@ -241,7 +244,7 @@ class SupervisorLink:
             self._loop,
             watch,
             convicted,
-            self._wake,
+            self._burst.wake,
         )
         return dispatcher
 

@@ -82,7 +82,7 @@ class Frontend:
             self._drain,
             self._orphaned,
             lane.forget_routes,
-            lane.burst.wake,
+            lane.burst,
         )
         link.start()
         await link.told.wait()

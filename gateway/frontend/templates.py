@@ -9,9 +9,11 @@ and the answer is encoded with other bytes in each output, to see where those li
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from gateway._kernels.fastlane import (
     BIN,
@@ -25,14 +27,19 @@ from gateway._kernels.fastlane import (
 )
 from gateway.frontend.exchanges import MSGPACK_TYPES, Encode, Encoded, Exchange
 from gateway.protocols.call import InferCall, InputTensor, OutputTensor
+from gateway.protocols.jsontext import dumps_tensors, tensor_data
 from gateway.serving.dispatcher import Dispatcher
 from gateway.serving.geometry import Placement
-from gateway.tensors import element_count
+from gateway.tensors import DataType, element_count
 
-MAX_TRIED_BYTES = 1 << 24
-"""Of a body and of its answer: beyond it trying costs more than a template is worth to begin with."""
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
-_NUMBER = re.compile(rb"[-+.0-9eE]+")
+Writer = Callable[[bytes], bytes]
+"""Makes text of an output's bytes."""
+
+MAX_TRIED_BYTES = 1 << 22
+"""Of a text or an answer: trying a larger one would hold the event loop for milliseconds."""
 
 
 def template_of(
@@ -40,7 +47,7 @@ def template_of(
     body: bytes,
     split: Split,
     json_bytes: int,
-    exchange: Exchange,
+    exchange_of: Callable[[int], Exchange],
     dispatcher: Dispatcher,
     head_of: dict[str, bytes],
 ) -> Template | None:
@@ -51,108 +58,144 @@ def template_of(
         body: that it came in.
         split: of that body.
         json_bytes: of its text before raw tensors; -1: all of it is text, or msgpack.
-        exchange: that understood it.
+        exchange_of: understands a body with a text of so many bytes.
         dispatcher: of the version that answers.
         head_of: heads of answers, by media type.
+
+    Raises:
+        InvalidRequest: the body cannot be tried out, which says nothing against it.
     """
     signature = dispatcher.signature
     specs = (*signature.inputs, *signature.outputs)
-    if len(body) > MAX_TRIED_BYTES or any(spec.datatype.numpy is None for spec in specs):
+    if any(spec.datatype.numpy is None for spec in specs):
         return None
     fit = dispatcher.fit(call)
     placed = fit.key.shape.outputs
     ids = [body[b:e] for b, e, _, kind in split.spans if kind == ID]
     if placed is None or fit.is_padded or ids != ([call.id.encode()] if call.id else []):
         return None
-    other, encode = exchange.understand(_marked(body, split), signature)
-    sources = _sources(other, split)
-    if sources is None or sum(_nbytes(p, call.rows) for p in placed) > MAX_TRIED_BYTES:
+    text = len(body) if json_bytes < 0 else json_bytes
+    if max(text, sum(_nbytes(p, call.rows) for p in placed)) > MAX_TRIED_BYTES:
         return None
-    other.inputs = []
-    answer = _Answer(other, call.rows, encode, placed)
-    pieces = answer.pieces() if answer.is_raw else None
+
+    def understand(marked: bytes, text_bytes: int) -> InferCall:
+        return exchange_of(text_bytes).understand(marked, signature)[0]
+
+    found = _sources(body, split, understand, json_bytes)
+    if found is None:
+        return None
+    tensors = {tensor.name: tensor for tensor in call.inputs}
+    sources = []
+    for p in fit.key.shape.inputs:
+        source = _source(*found[p.spec.name], tensors[p.spec.name], split)
+        if source is None:
+            return None
+        sources.append((*source, p.offset, p.row_bytes))
+    marked, text_bytes = _mark(body, split, 1, json_bytes)
+    again, encode = exchange_of(text_bytes).understand(marked, signature)
+    again.inputs = []
+    answer = _Answer(again, call.rows, encode, placed)
+    pieces = answer.pieces()
+    example = answer.example
+    tail_bytes = sum(
+        element_count(tensor.shape) * tensor.datatype.itemsize
+        for tensor in call.inputs
+        if found[tensor.name][0] == FROM_TAIL
+    )
     return Template(
         key=fit.key,
         rows=call.rows,
         level=fit.level,
         timeout_ns=fit.timeout_ns,
         slo_ns=fit.slo_ns,
-        tail_bytes=-1 if json_bytes < 0 else _tail_bytes(sources),
+        tail_bytes=-1 if json_bytes < 0 else tail_bytes,
         span_count=len(split.spans),
-        sources=tuple(
-            (*sources[p.spec.name], p.offset, p.row_bytes, *_numbers(tensor))
-            for p in fit.key.shape.inputs
-            for tensor in call.inputs
-            if tensor.name == p.spec.name
-        ),
-        head=head_of[answer.example.media_type],
-        json_bytes=-1 if answer.example.json_bytes is None else answer.example.json_bytes,
+        sources=tuple(sources),
+        head=head_of[example.media_type],
+        json_bytes=-1 if example.json_bytes is None else example.json_bytes - answer.text_bytes,
         pieces=pieces or (),
         encode=None if pieces else answer.encode,
         outputs=tuple((p.offset, p.row_bytes, _nbytes(p, call.rows)) for p in placed),
     )
 
 
-def _marked(body: bytes, split: Split) -> bytes:
-    """A body like this one, with one number, the span's own from 1, all over each span."""
+def _sources(
+    body: bytes, split: Split, understand: Callable[[bytes, int], InferCall], json_bytes: int
+) -> dict[str, tuple[int, int, int]] | None:
+    """For each input where its data come from: kind, span, and offset in the tail.
+
+    The body is parsed with one number in the place of each span, twice and with other numbers, to see
+    what turns up where. None where a span is not the data of exactly one tensor.
+
+    Args:
+        body: the request's.
+        split: of it.
+        understand: parses a body with a text of so many bytes.
+        json_bytes: of this body's text; -1: all of it.
+    """
+    count = len(split.spans)
+    found = []
+    for first in (1, 1 + count):
+        marked, text_bytes = _mark(body, split, first, json_bytes)
+        found.append(_find_marks(understand(marked, text_bytes), split, first))
+    return found[0] if found[0] == found[1] else None
+
+
+def _mark(body: bytes, split: Split, first: int, json_bytes: int) -> tuple[bytes, int]:
+    """A body with a number, the first or one of those behind it, in the place of each span."""
     parts, end = [], 0
     for i, (begin, stop, _count, kind) in enumerate(split.spans):
         span = body[begin:stop]
         if kind == NUMBERS:
-            span = _NUMBER.sub(b"%d" % (i + 1), span)
+            span = b"[%d]" % (first + i)
         elif kind == BIN:
-            span = bytes([i + 1]) * len(span)
+            span = bytes([first + i]) * len(span)
+        if json_bytes >= 0:
+            json_bytes += len(span) - (stop - begin)
         parts += [body[end:begin], span]
         end = stop
-    return b"".join([*parts, body[end:]])
+    return b"".join([*parts, body[end:]]), json_bytes
 
 
-def _sources(marked: InferCall, split: Split) -> dict[str, tuple[int, int, int, int]] | None:
-    """For each input (kind, span, offset in the tail, bytes); None where a span is not one tensor's data."""
+def _find_marks(
+    marked: InferCall, split: Split, first: int
+) -> dict[str, tuple[int, int, int]] | None:
     free = {i for i, span in enumerate(split.spans) if span[3] != ID}
-    found: dict[str, tuple[int, int, int, int]] = {}
+    has_bins = any(span[3] == BIN for span in split.spans)
+    found: dict[str, tuple[int, int, int]] = {}
     at = 0
     for tensor in marked.inputs:
-        nbytes = element_count(tensor.shape) * tensor.datatype.itemsize
-        is_raw = isinstance(tensor.data, memoryview)
-        if is_raw and not any(span[3] == BIN for span in split.spans):
-            found[tensor.name] = FROM_TAIL, 0, at, nbytes
-            at += nbytes
+        data = tensor.data
+        if isinstance(data, memoryview) and not has_bins:
+            found[tensor.name] = FROM_TAIL, 0, at
+            at += data.nbytes
             continue
-        marks = (
-            set(tensor.data) if isinstance(tensor.data, memoryview) else set(_leaves(tensor.data))
-        )
-        i = marks.pop() - 1 if marks else -1
-        if marks or i not in free:
+        mark = data[0] if len(data) > 0 else None
+        i = mark - first if type(mark) is int else -1
+        if i not in free:
+            return None
+        kind = BIN if isinstance(data, memoryview) else NUMBERS
+        whole = bytes([first + i]) * len(data) if kind == BIN else [first + i]
+        if split.spans[i][3] != kind or data != whole:
             return None
         free.remove(i)
-        begin, stop, count, kind = split.spans[i]
-        if (stop - begin if kind == BIN else count) != (
-            nbytes if is_raw else element_count(tensor.shape)
-        ):
-            return None
-        found[tensor.name] = FROM_BIN if kind == BIN else FROM_NUMBERS, i, 0, nbytes
+        found[tensor.name] = FROM_BIN if kind == BIN else FROM_NUMBERS, i, 0
     return None if free else found
 
 
-def _leaves(data: Any) -> Iterator[Any]:
-    """The numbers in nested lists."""
-    if isinstance(data, list):
-        for item in data:
-            yield from _leaves(item)
-    else:
-        yield data
-
-
-def _tail_bytes(sources: dict[str, tuple[int, int, int, int]]) -> int:
-    """Raw bytes behind the text."""
-    return sum(nbytes for kind, _, _, nbytes in sources.values() if kind == FROM_TAIL)
-
-
-def _numbers(tensor: InputTensor) -> tuple[int, int, tuple[int, ...] | None]:
-    """What reading numbers needs: datatype, count, and the nesting where it matters."""
+def _source(
+    kind: int, span: int, at: int, tensor: InputTensor, split: Split
+) -> tuple[object, ...] | None:
+    """One of a template's sources, without its place; None where the span has another size."""
+    elements = element_count(tensor.shape)
+    nbytes = elements * tensor.datatype.itemsize
+    begin, end, count, _ = split.spans[span] if kind != FROM_TAIL else (0, nbytes, elements, 0)
+    if (count if kind == FROM_NUMBERS else end - begin) != (
+        elements if kind == FROM_NUMBERS else nbytes
+    ):
+        return None
     dims = tensor.shape if tensor.strict else None
-    return tensor.datatype.index, element_count(tensor.shape), dims
+    return kind, span, at, nbytes, tensor.datatype.index, elements, dims
 
 
 def _nbytes(placement: Placement, rows: int) -> int:
@@ -172,12 +215,8 @@ class _Answer:
     ) -> None:
         self._call, self._rows, self._encode, self._placements = call, rows, encode, placements
         self.has_id = call.id is not None
+        self.text_bytes = 0  # of the example's outputs that are written as text
         self.example = self._try(())
-
-    @property
-    def is_raw(self) -> bool:
-        """Whether outputs lie in it as they are, and not as text."""
-        return self.example.json_bytes is not None or self.example.media_type in MSGPACK_TYPES
 
     def encode(self, identity: bytes | None, views: Sequence[memoryview]) -> Encoded:
         """One answer, from the bytes of each output."""
@@ -191,7 +230,7 @@ class _Answer:
         )
 
     def pieces(self) -> tuple[object, ...] | None:
-        """The body in parts: bytes, (offset, nbytes, row_bytes) of an output, None for the id.
+        """The body in parts: bytes, (offset, nbytes, row_bytes, writer) of an output, None for the id.
 
         None where it cannot be put together so.
         """
@@ -199,26 +238,53 @@ class _Answer:
         cuts: list[tuple[int, int, object]] = []  # begin, end, what lies there
         for i, p in enumerate(self._placements):
             changed = self._try((i,)).body
-            if len(changed) != len(body):
-                return None
-            places = [at for at, (a, b) in enumerate(zip(body, changed, strict=True)) if a != b]
-            if not places:
+            if changed == body:
                 continue  # not wanted, or without elements
-            nbytes = _nbytes(p, self._rows)
-            if len(places) != nbytes or places[-1] - places[0] + 1 != nbytes:
+            found = self._raw_place(i, changed) or self._text_place(i, changed)
+            if found is None:
                 return None
-            cuts.append((places[0], places[-1] + 1, (p.offset, nbytes, p.row_bytes)))
+            begin, end, writer = found
+            cuts.append((begin, end, (p.offset, _nbytes(p, self._rows), p.row_bytes, writer)))
         if self.has_id:
             at = self._id_place(body)
             if at is None:
                 return None
             cuts.append((at, at, None))
         parts: list[object] = []
-        end = 0
-        for begin, stop, what in sorted(cuts, key=lambda cut: cut[0]):
-            parts += [body[end:begin], what]
-            end = stop
-        return tuple(part for part in [*parts, body[end:]] if part != b"")
+        at = 0
+        for begin, end, what in sorted(cuts, key=lambda cut: cut[:2]):
+            parts += [body[at:begin], what]
+            at = end
+        return tuple(part for part in [*parts, body[at:]] if part != b"")
+
+    def _raw_place(self, i: int, changed: bytes) -> tuple[int, int, Writer | None] | None:
+        """Where the bytes of an output lie in the body; ``changed``: with other ones there."""
+        body = self.example.body
+        if self._is_text() or len(changed) != len(body):
+            return None
+        places = np.flatnonzero(np.frombuffer(body, np.uint8) != np.frombuffer(changed, np.uint8))
+        nbytes = _nbytes(self._placements[i], self._rows)
+        if len(places) != nbytes or places[-1] - places[0] + 1 != nbytes:
+            return None
+        return int(places[0]), int(places[-1]) + 1, None
+
+    def _text_place(self, i: int, changed: bytes) -> tuple[int, int, Writer | None] | None:
+        """Where an output is written as numbers, and what writes it."""
+        body, p = self.example.body, self._placements[i]
+        for dims in (None, p.dims(self._rows)):
+            write = partial(_numbers_text, p.spec.datatype, dims)
+            before, after = (write(view) for view in (self._views(())[i], self._views((i,))[i]))
+            at = body.find(before)
+            while at >= 0:
+                if body[:at] + after + body[at + len(before) :] == changed:
+                    self.text_bytes += len(before)
+                    return at, at + len(before), write
+                at = body.find(before, at + 1)
+        return None
+
+    def _is_text(self) -> bool:
+        """Whether nothing in the body is raw: equal lengths would be chance."""
+        return self.example.json_bytes is None and self.example.media_type not in MSGPACK_TYPES
 
     def _id_place(self, body: bytes) -> int | None:
         """Where an id goes into the body of an empty one; None: it changes more than that."""
@@ -236,6 +302,11 @@ class _Answer:
 
     def _views(self, filled: Sequence[int]) -> list[memoryview]:
         return [
-            memoryview((b"\xff" if i in filled else b"\0") * _nbytes(p, self._rows))
+            memoryview((b"\x01" if i in filled else b"\0") * _nbytes(p, self._rows))
             for i, p in enumerate(self._placements)
         ]
+
+
+def _numbers_text(datatype: DataType, dims: tuple[int, ...] | None, data: Buffer) -> bytes:
+    """An output's numbers as JSON: flat, or nested as its dims say."""
+    return dumps_tensors(tensor_data(datatype, memoryview(data), dims))

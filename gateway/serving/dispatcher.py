@@ -256,11 +256,15 @@ class Dispatcher:
                     self._judge(slot)
 
     def on_bell(self, lane: Lane) -> None:
-        """A worker reported completions."""
+        """A worker reported completions, and rang."""
         if self._is_closed:
             return  # called soon, and then the version went
         with contextlib.suppress(BlockingIOError):  # collected meanwhile
             os.eventfd_read(lane.bell)
+        self.on_report(lane)
+
+    def on_report(self, lane: Lane) -> None:
+        """A worker reported completions."""
         for slot, phase in lane.collect():
             self._finish(lane, slot, phase)
         self._pump()

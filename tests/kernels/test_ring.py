@@ -843,6 +843,21 @@ def test_collect_disarms(ring: Ring) -> None:
     assert ring.rings() == 0
 
 
+def test_who_lingers_sees_a_report_without_a_bell(ring: Ring) -> None:
+    for slot in range(2):
+        ring.open(slot)
+    assert ring.producer.arm()
+    assert not ring.producer.linger(1000)  # in vain: the bell is armed again
+    ring.publish(0, ring.seal(0))
+    assert ring.rings() == 1
+    assert ring.producer.linger(1000)
+    assert ring.producer.collect() == [0]
+    assert ring.producer.arm()
+    ring.publish(1, ring.seal(1))
+    assert ring.producer.linger(1 << 40)  # seen at once
+    assert ring.producer.collect() == [1]
+
+
 def test_arm_that_fails_leaves_the_bell_disarmed(ring: Ring) -> None:
     ring.open(0)
     ring.open(1)

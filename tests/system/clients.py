@@ -1,7 +1,8 @@
 """What the system tests' clients share: every encoding, plain sockets, and what to poll.
 
 Each ``ask_…`` sends one inference in one encoding, to a version or (None) the model's route, and returns
-the outputs by name. An answer other than 200 is an AssertionError that shows it.
+the outputs by name. It is sent several times on one connection, as what the fast lane has learned from the
+first ones must not show. An answer other than 200 is an AssertionError that shows it.
 """
 
 from __future__ import annotations
@@ -91,8 +92,7 @@ def v2_document(inputs: Arrays, **fields: object) -> dict:
 def ask_json(url: str, model: str, inputs: Arrays, version: int | None = None) -> Arrays:
     """v2 in JSON alone."""
     text = json.dumps(v2_document(inputs))  # requests' own JSON has no NaN
-    answer = requests.post(f"{url}{v2_path(model, version)}/infer", data=text, timeout=DEADLINE_S)
-    assert answer.status_code == 200, answer.text
+    answer = post(f"{url}{v2_path(model, version)}/infer", text)
     return {
         o["name"]: np.array(o["data"], triton_to_np_dtype(o["datatype"])).reshape(o["shape"])
         for o in answer.json()["outputs"]
@@ -112,8 +112,16 @@ def triton_inputs(inputs: Arrays, binary: bool = True) -> list[tritonclient.http
 def ask_binary(url: str, model: str, inputs: Arrays, version: int | None = None) -> Arrays:
     """v2 with binary tensors, by Triton's own client."""
     with tritonclient.http.InferenceServerClient(url.removeprefix("http://")) as client:
-        result = client.infer(model, triton_inputs(inputs), str(version or ""))
-        return {o["name"]: result.as_numpy(o["name"]) for o in result.get_response()["outputs"]}
+        asked = [triton_inputs(inputs) for _ in range(ASKED)]
+        answers = [outputs_of(client.infer(model, each, str(version or ""))) for each in asked]
+    for other in answers[1:]:
+        assert_same(other, answers[0])
+    return answers[0]
+
+
+def outputs_of(result: tritonclient.http.InferResult) -> Arrays:
+    """The outputs of an answer to Triton's client."""
+    return {o["name"]: result.as_numpy(o["name"]) for o in result.get_response()["outputs"]}
 
 
 def ask_msgpack(
@@ -126,13 +134,11 @@ def ask_msgpack(
             for name, array in inputs.items()
         ]
     }
-    answer = requests.post(
+    answer = post(
         f"{url}{v2_path(model, version)}/infer",
-        data=msgpack.packb(document),
-        headers={"Content-Type": "application/msgpack"},
-        timeout=DEADLINE_S,
+        msgpack.packb(document),
+        **{"Content-Type": "application/msgpack"},
     )
-    assert answer.status_code == 200, answer.text
     assert answer.headers["Content-Type"] == "application/msgpack"
     return {
         o["name"]: np.frombuffer(o["data"], triton_to_np_dtype(o["datatype"])).reshape(o["shape"])
@@ -159,11 +165,7 @@ def ask_columns(url: str, model: str, inputs: Arrays, version: int | None = None
 
 def predict(url: str, model: str, document: dict, version: int | None = None) -> dict:
     """The answer's document of a ``:predict``."""
-    answer = requests.post(
-        f"{url}{v1_path(model, version)}:predict", data=json.dumps(document), timeout=DEADLINE_S
-    )
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    return post(f"{url}{v1_path(model, version)}:predict", json.dumps(document)).json()
 
 
 # Requests that no library would send
@@ -176,26 +178,110 @@ def send_all(port: int, data: bytes) -> bytes:
         return b"".join(iter(lambda: connection.recv(65536), b""))
 
 
-def exchange(
-    port: int, verb: str, path: str, body: bytes = b"", **headers: str
-) -> tuple[int, dict[str, str], bytes]:
-    """Send exactly these bytes on a connection of their own; status, headers and body of the answer.
+Answer = tuple[int, dict[str, str], bytes]
+"""Status, headers (names in lower case) and body."""
+
+ASKED = 3
+"""Times that an inference is sent: the fast lane parses the first two and knows the third by its skeleton."""
+
+OF_THE_MOMENT = {"date", "x-request-id"}
+"""Headers in which answers to equal requests differ."""
+
+
+class Wire:
+    """A kept-alive connection on which exactly the given bytes are sent."""
+
+    def __init__(self, port: int) -> None:
+        self.socket = socket.create_connection(("127.0.0.1", port), DEADLINE_S)
+        self._file = self.socket.makefile("rb")
+
+    def send(self, data: bytes) -> None:
+        self.socket.sendall(data)
+
+    def receive(self) -> Answer:
+        """The next answer, an interim one as well. ConnectionResetError where none comes."""
+        status, *lines = iter(self._line, b"")
+        headers = dict(line.decode("latin-1").split(": ", 1) for line in lines)
+        fields = {name.lower(): value for name, value in headers.items()}
+        nbytes = int(fields.get("content-length", 0))
+        body = self._file.read(nbytes)
+        if len(body) != nbytes:
+            raise ConnectionResetError("the server closed the connection within an answer")
+        return int(status.split()[1]), fields, body
+
+    def ask(self, data: bytes) -> Answer:
+        self.send(data)
+        return self.receive()
+
+    def is_at_end(self) -> bool:
+        """Whether the server closes the connection, and sends nothing more before it does."""
+        return self._file.read(1) == b""
+
+    def _line(self) -> bytes:
+        line = self._file.readline()
+        if not line.endswith(b"\r\n"):
+            raise ConnectionResetError("the server closed the connection")
+        return line[:-2]
+
+    def close(self) -> None:
+        self._file.close()
+        self.socket.close()
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        self.close()
+
+
+def message(verb: str, path: str, body: bytes = b"", **headers: str) -> bytes:
+    """The bytes of a request.
 
     The path is not normalised. Underscores in the names of headers stand for dashes; Content-Length is
     added unless Transfer-Encoding is given.
     """
-    lines = [f"{verb} {path} HTTP/1.1", "Host: test", "Connection: close"]
+    lines = [f"{verb} {path} HTTP/1.1", "Host: test"]
     lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
     if "transfer_encoding" not in headers:
         lines.append(f"Content-Length: {len(body)}")
-    answer = send_all(port, "\r\n".join([*lines, "", ""]).encode() + body)
-    head, _, content = answer.partition(b"\r\n\r\n")
-    first, *rest = head.decode().split("\r\n")
-    fields = dict(line.split(": ", 1) for line in rest)
-    return int(first.split()[1]), {name.lower(): value for name, value in fields.items()}, content
+    return "\r\n".join([*lines, "", ""]).encode() + body
 
 
-def error_of(answer: tuple[int, dict[str, str], bytes], status: int) -> str:
+def comparable(answer: Answer) -> Answer:
+    """What answers to equal requests have in common."""
+    status, headers, body = answer
+    return status, {k: v for k, v in headers.items() if k not in OF_THE_MOMENT}, body
+
+
+def exchange(port: int, verb: str, path: str, body: bytes = b"", **headers: str) -> Answer:
+    """The answer to a `message` on a connection of its own.
+
+    An inference that succeeds is sent several times, and must have the same answer each time.
+    """
+    sent = message(verb, path, body, **headers)
+    with Wire(port) as wire:
+        answer = wire.ask(sent)
+        if answer[0] == 200 and path.endswith(("/infer", ":predict")):
+            for _ in range(1, ASKED):
+                assert comparable(wire.ask(sent)) == comparable(answer)
+        return answer
+
+
+def post(url: str, body: str | bytes, **headers: str) -> requests.Response:
+    """The answer to an inference, as by `exchange`, from a library that people use."""
+    with requests.Session() as session:
+        answers = [
+            session.post(url, data=body, headers=headers, timeout=DEADLINE_S) for _ in range(ASKED)
+        ]
+    first, *others = answers
+    assert first.status_code == 200, first.text
+    for other in others:
+        assert (other.status_code, other.content) == (200, first.content)
+        assert other.headers.keys() == first.headers.keys()
+    return first
+
+
+def error_of(answer: Answer, status: int) -> str:
     """The text of an `exchange` that must have failed with this status, in the one form for failures."""
     got, headers, body = answer
     assert got == status, body

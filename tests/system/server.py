@@ -16,6 +16,9 @@ from types import TracebackType
 START_DEADLINE_S = 60
 STOP_DEADLINE_S = 60
 
+LANES = {"fast": {}, "aiohttp": {"GATEWAY_FAST_LANE": "false"}}
+"""What the environment has for a server whose plain requests take one lane or the other."""
+
 _SERVING = re.compile(r"serving \d+ model versions on (\S+), metrics on (\S+)")
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.system import clients
-from tests.system.clients import chunked, error_of, exchange
-from tests.system.server import Server
+from tests.system.clients import Wire, chunked, error_of, exchange, message
+from tests.system.server import LANES, Server
 
 LIMIT = 256 << 10
 """The server's max_request_bytes in these tests."""
@@ -53,10 +53,11 @@ FORMS = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(make_repository):
+@pytest.fixture(scope="module", params=LANES)
+def server(make_repository, request):
     repository = make_repository("echo", "multi", "dynamic")
-    with Server(repository, GATEWAY_MAX_REQUEST_BYTES=str(LIMIT)) as running:
+    setting = {"GATEWAY_MAX_REQUEST_BYTES": str(LIMIT)}
+    with Server(repository, **setting, **LANES[request.param]) as running:
         yield running
 
 
@@ -157,10 +158,11 @@ def test_a_chunked_body(server):
 
 def test_a_client_that_waits_to_be_asked_for_its_body(server):
     """curl does for long ones."""
-    status, _, rest = exchange(server.port, "POST", INFER, GOOD, expect="100-continue")
-    assert status == 100
-    head, _, body = rest.partition(b"\r\n\r\n")
-    served((int(head.split()[1]), {}, body))
+    head = message("POST", INFER, GOOD, expect="100-continue").removesuffix(GOOD)
+    with Wire(server.port) as wire:
+        for _ in range(clients.ASKED):
+            assert wire.ask(head) == (100, {}, b"")
+            served(wire.ask(GOOD))
 
 
 # The limit

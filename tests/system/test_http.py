@@ -9,7 +9,7 @@ import requests
 
 from tests.system import clients
 from tests.system.clients import error_of, exchange
-from tests.system.server import Server
+from tests.system.server import LANES, Server
 
 GOOD = json.dumps(
     {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 16], "data": list(range(16))}]}
@@ -18,9 +18,9 @@ GOOD = json.dumps(
 INFER = "/v2/models/echo/infer"
 
 
-@pytest.fixture(scope="module")
-def server(make_repository):
-    with Server(make_repository("echo", "multi")) as running:
+@pytest.fixture(scope="module", params=LANES)
+def server(make_repository, request):
+    with Server(make_repository("echo", "multi"), **LANES[request.param]) as running:
         yield running
 
 

@@ -10,7 +10,7 @@ import requests
 import tritonclient.http
 
 from tests.system import clients
-from tests.system.server import Server
+from tests.system.server import LANES, Server
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +18,9 @@ def repository(make_repository):
     return make_repository("multi", "dynamic", "gather")
 
 
-@pytest.fixture(scope="module")
-def server(repository):
-    with Server(repository) as running:
+@pytest.fixture(scope="module", params=LANES)
+def server(repository, request):
+    with Server(repository, **LANES[request.param]) as running:
         yield running
 
 

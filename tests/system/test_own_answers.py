@@ -10,6 +10,7 @@ import asyncio
 import enum
 import json
 import random
+import re
 import shutil
 
 import msgpack
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from tests.system import clients
-from tests.system.server import Server
+from tests.system.server import LANES, Server
 
 LIMITS = (1, 2, 3, 5, 7, 16, 33, 64)
 ANY_SIZE = "echo-any"
@@ -37,15 +38,15 @@ class Leave(enum.Enum):
     IN_ANSWER = enum.auto()  # the first byte of the answer came
 
 
-@pytest.fixture(scope="module")
-def server(make_repository):
+@pytest.fixture(scope="module", params=LANES)
+def server(make_repository, request):
     """One server with the model echo under each limit, as echo1, echo2, …, and one more of 64."""
     repository = make_repository("echo")
     for name, limit in [*((f"echo{limit}", limit) for limit in LIMITS), (ANY_SIZE, 64)]:
         shutil.copytree(repository / "echo", repository / name)
         (repository / name / "config.yaml").write_text(f"max_batch_size: {limit}\n")
     shutil.rmtree(repository / "echo")
-    with Server(repository) as running:
+    with Server(repository, **LANES[request.param]) as running:
         yield running
 
 
@@ -63,7 +64,7 @@ def request_of(model: str, number: int, x: np.ndarray) -> tuple[bytes, bytes]:
         entry = clients.tensor("x", x, x.tobytes())
         kind, body = "application/msgpack", msgpack.packb({"inputs": [entry]})
     head = (
-        f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: test\r\nConnection: close\r\n"
+        f"POST /v2/models/{model}/infer HTTP/1.1\r\nHost: test\r\n"
         f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode(), body
@@ -77,6 +78,13 @@ def outputs_of(answer: bytes) -> dict[str, np.ndarray]:
         document = msgpack.unpackb(body)
         return {o["name"]: np.frombuffer(o["data"], np.float32) for o in document["outputs"]}
     return {o["name"]: np.array(o["data"], np.float32) for o in json.loads(body)["outputs"]}
+
+
+async def whole_answer(reader: asyncio.StreamReader) -> bytes:
+    """One answer, from a connection that is kept."""
+    head = await reader.readuntil(b"\r\n\r\n")
+    (nbytes,) = re.findall(rb"\r\nContent-Length: (\d+)\r\n", head)
+    return head + await reader.readexactly(int(nbytes))
 
 
 async def ask(
@@ -95,7 +103,7 @@ async def ask(
         if leave is Leave.IN_ANSWER:
             await reader.readexactly(1)
         if leave is None:
-            outputs = outputs_of(await reader.read())
+            outputs = outputs_of(await whole_answer(reader))
             np.testing.assert_array_equal(outputs["y"], (2 * x + 1).ravel())
             np.testing.assert_array_equal(outputs["row_sum"], x.sum(axis=1))
     finally:

@@ -11,7 +11,7 @@ import tritonclient.http.aio
 from tritonclient.utils import InferenceServerException
 
 from tests.system import clients
-from tests.system.server import Server
+from tests.system.server import LANES, Server
 
 X = np.arange(48, dtype=np.float32).reshape(3, 16)
 
@@ -30,9 +30,9 @@ class AwaitAll:
         return call
 
 
-@pytest.fixture(scope="module")
-def server(make_repository):
-    with Server(make_repository("echo", "multi")) as running:
+@pytest.fixture(scope="module", params=LANES)
+def server(make_repository, request):
+    with Server(make_repository("echo", "multi"), **LANES[request.param]) as running:
         yield running
 
 

@@ -374,6 +374,10 @@ class Producer:
         self.lane.set_head(LANE_ARMED, int(idle))
         return idle
 
+    def linger(self, max_ns: int) -> bool:
+        unsigned(max_ns, 64)
+        return not self.arm()
+
     def wake(self) -> bool:
         self.lane.check(0)
         return self.board.wake_one()
