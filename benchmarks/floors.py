@@ -184,7 +184,7 @@ class Target:
 
 @contextmanager
 def nginx(folder: Path) -> Iterator[tuple[int, list[int]]]:
-    """nginx with a fixed answer; its port, and its worker's process id."""
+    """A fixed answer of nginx: its port, and its worker's process id."""
     port, config = free_port(), folder / "nginx.conf"
     config.write_text(NGINX.format(folder=folder, port=port))
     with _server(["nginx", "-e", "stderr", "-p", str(folder), "-c", str(config)]) as process:

@@ -76,7 +76,7 @@ cdef extern from "<sys/socket.h>" nogil:
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
 
 cdef enum:
-    SCRATCH_BYTES = 1 << 18  # of one read; larger bodies are received into a buffer of their own
+    SCRATCH_BYTES = 1 << 15  # of one read; what a larger body has beyond it goes to a buffer of its own
     HELD_BYTES = 1 << 16  # of requests behind the one in flight; beyond it the socket is not read
     WHOLE_BYTES = 1 << 14  # an answer up to this is gathered and sent in one piece
     MAX_KEY_BYTES = 1 << 13  # of a skeleton with its prefix; longer ones are parsed anew each time
