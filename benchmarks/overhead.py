@@ -39,7 +39,7 @@ from floors import (
 )
 from harness import Connection, Gateway, Noise, http_get, take_rounds
 from models import write_repository
-from overhead_parts import REQUEST
+from overhead_parts import REQUEST, WORK
 from peers.load import Meter
 from report import Report, spread
 
@@ -115,6 +115,10 @@ def _rests(load: Load, _front: Calls, _worker: Calls) -> float:
     return load.frontend.sleeps
 
 
+def _slower_after_sleep(costs: Mapping[str, float]) -> float:
+    return sum(costs[f"{name} after sleep"] - costs[name] for name in WORK)
+
+
 PARTS = (
     Part("uvloop finds a readable socket, reads", False, lambda p: p["read"], _once),
     Part("turn of the event loop", False, lambda p: p["turn"], _turns),
@@ -123,18 +127,21 @@ PARTS = (
     Part("look up, place", False, lambda p: p["receive"] - p["head"] - p["split"], _once),
     Part("end of a burst", False, lambda p: p["burst"], _turns),
     Part("wake a worker (futex)", False, lambda p: p["wake futex"], _waits),
-    Part("answer from the slot, free it", False, lambda p: p["answer"] - p["count"], _once),
-    Part("count in the ledger", False, lambda p: p["count"], _once),
+    Part("answer from the slot, free it", False, lambda p: p["answer"] - p["count answer"], _once),
+    Part("count in the ledger", False, lambda p: p["count answer"], _once),
     Part("send", False, lambda p: p["answer and send"] - p["answer"], _once),
     Part("sleep in epoll", False, lambda p: p["sleep in epoll"], _rests),
     Part("find the best slot, seal it", True, lambda p: p["take"], _batches),
-    Part("ONNX Runtime, bound, hot", True, lambda p: p["run alone"], _batches),
-    Part("find the binding, caches cold", True, lambda p: p["run"] - p["run alone"], _batches),
-    Part("count, learn the cost", True, lambda p: p["count batch"] + p["observe"], _batches),
+    Part("ONNX Runtime, bound, in a tight loop", True, lambda p: p["run alone"], _batches),
+    Part(
+        "ditto: not in a loop, binding found", True, lambda p: p["run"] - p["run alone"], _batches
+    ),
+    Part("count, learn the cost", True, lambda p: p["count"] + p["observe"], _batches),
     Part("publish", True, lambda p: p["publish"] - p["bell"], _batches),
     Part("ring the bell (eventfd)", True, lambda p: p["wake epoll"], _bells),
     Part("look for more in vain", True, lambda p: p["look in vain"], _waits),
     Part("sleep on the futex", True, lambda p: p["sleep on futex"], _waits),
+    Part("all of it is slower after a sleep", True, _slower_after_sleep, _waits),
 )
 
 
@@ -309,8 +316,8 @@ def main(words: Sequence[str]) -> int:
         f"the same {os.cpu_count()} cores; {options.seconds} s a turn",
         "CPU: run time of the processes from /proc/PID/task/*/schedstat; how it divides into user and kernel "
         "is sampled by the system's clock ticks",
-        "parts: medians in a process of their own, one after the other: what is measured beyond their sum is "
-        "caches that other processes and sleep have left cold, and what no part stands for",
+        "parts: medians in a process of their own, one after the other; what is measured beyond their sum is "
+        "what no part stands for, and what other processes on the same cores cost",
         "times a request: of turns and bells as strace saw them; of sleeps, as many as the load's voluntary "
         "context switches, each of a worker's with one wake-up by the front end",
         rounds.note,

@@ -5,7 +5,7 @@
 Batches of so many one-row requests of `mlp16` go round by hand: real connections of the fast lane on real
 sockets, a real dispatcher and its ring, the worker's own consumer, runner and session. Only the transport
 is made up, and nobody runs an event loop but where that is what is measured. Prints one JSON object: µs by
-part (`PARTS`), medians.
+part, medians.
 
 A step takes as long as the clock says, less what reading the clock takes; what one step calls from Python
 the server calls from uvloop, which costs about the same.
@@ -54,7 +54,13 @@ CALLS = 200
 """Calls of a part that is too short to be timed alone."""
 
 NAP_S = 0.0002
-"""What a woken process gets to be asleep again."""
+"""How long a process sleeps before it is woken."""
+
+RUN_NS = 5000
+"""What is counted as a run's time."""
+
+WORK = ("take", "run", "count", "publish", "observe")
+"""A worker's steps, each also measured after a sleep: NAME and NAME "after sleep"."""
 
 LANE_BYTES = 64 << 20
 KEY_BYTES = 1 << 13
@@ -146,21 +152,11 @@ async def _unused(_request: web.BaseRequest) -> web.Response:
 
 
 OPTIONS = FrontendOptions(
-    index=0,
-    frontends=1,
-    strict_readiness=False,
-    model_control=False,
-    orphan_grace_s=30.0,
-    drain_pause_s=0.0,
-    drain_timeout_s=30.0,
-    max_request_bytes=LANE_BYTES,
-    max_header_bytes=16 << 10,
-    keepalive_timeout_s=75.0,
-    fast_lane=True,
-    lane_bytes=LANE_BYTES,
-    log_level="error",
-    log_format="text",
-)
+    index=0, frontends=1, strict_readiness=False, model_control=False,
+    orphan_grace_s=30.0, drain_pause_s=0.0, drain_timeout_s=30.0, keepalive_timeout_s=75.0,
+    max_request_bytes=LANE_BYTES, max_header_bytes=16 << 10, lane_bytes=LANE_BYTES,
+    fast_lane=True, log_level="error", log_format="text",
+)  # fmt: skip
 
 
 class Bench:
@@ -224,31 +220,42 @@ class Bench:
             if not theirs.recv(1 << 16).startswith(b"HTTP/1.1 200"):
                 raise RuntimeError("a request of the benchmark was refused")
 
-    def go_round(self, *, sends: bool) -> None:
-        """One batch, from the bytes of its requests to those of its answers."""
-        rows, consumer, runner = len(self.connections), self.consumer, self.runner
-        self.connections[0].get_buffer(-1)[: len(REQUEST)] = REQUEST  # one buffer for all
+    def go_round(self, *, sends: bool, naps: bool) -> None:
+        """One batch, from the bytes of its requests to those of its answers.
+
+        Args:
+            sends: send the answers; otherwise connections take their clients to be gone.
+            naps: sleep before the worker's part, as a worker does that has nothing to do.
+        """
+        rows, nbytes = len(self.connections), len(REQUEST)
+        self.connections[0].get_buffer(-1)[:nbytes] = REQUEST  # one buffer for all
         received = [connection.buffer_updated for connection in self.connections]
-        nbytes = len(REQUEST)
         self._step("receive", rows, lambda: [updated(nbytes) for updated in received])
         self._step("burst", 1, self.data.burst.end)
-        taken = self._step("take", 1, lambda: consumer.take(time.monotonic_ns(), False))
+        when = " after sleep" if naps else ""
+        if naps:
+            time.sleep(NAP_S)
+        self._work(when)
+        self._step("look in vain", 1, self._look_in_vain)
+        self.closed[:] = () if sends else (True,)
+        name = "answer and send" if sends else "answer"
+        self._step(f"{name}{when}", rows, lambda: self.dispatcher.on_bell(self.lane))
+        if sends:
+            self._drain(self.pairs)
+
+    def _work(self, when: str) -> None:
+        """The worker's part."""
+        rows, consumer, runner = len(self.connections), self.consumer, self.runner
+        taken = self._step(f"take{when}", 1, lambda: consumer.take(time.monotonic_ns(), False))
         (key, slot, word, count, _, _, shape, *_), is_sealed = taken
         if count != rows or not is_sealed:
             raise RuntimeError("the requests are not in one batch")
         known = runner.known(key, shape)
-        self._step("run", 1, lambda: runner.run(key, slot, rows, shape, known))
-        self._step("count batch", 1, lambda: self.counters.batch(rows, 5000, 0, 0))
-        began = time.monotonic_ns()
-        publish = consumer.publish
-        self._step("publish", 1, lambda: publish(key, slot, word, True, began - 5000, began))
-        self._step("observe", 1, lambda: known.cost.observe(rows, 5000))
-        self._step("look in vain", 1, self._look_in_vain)
-        self.closed[:] = () if sends else (True,)
-        name = "answer and send" if sends else "answer"
-        self._step(name, rows, lambda: self.dispatcher.on_bell(self.lane))
-        if sends:
-            self._drain(self.pairs)
+        self._step(f"run{when}", 1, lambda: runner.run(key, slot, rows, shape, known))
+        self._step(f"count{when}", 1, lambda: self.counters.batch(rows, RUN_NS, 0, 0))
+        began, publish = time.monotonic_ns(), consumer.publish
+        self._step(f"publish{when}", 1, lambda: publish(key, slot, word, True, began, began + 1))
+        self._step(f"observe{when}", 1, lambda: known.cost.observe(rows, RUN_NS))
 
     def _look_in_vain(self) -> None:
         """What a worker does before it sleeps."""
@@ -348,10 +355,10 @@ async def measure(model: Path, rows: int) -> dict[str, float]:
     board_fd = memory.create("board", ring.board_bytes(SEATS))
     board = memory.map_writable(board_fd, ring.board_bytes(SEATS))
     bench = Bench(model, rows, board)
-    for i in range(WARM_UP + 2 * ROUNDS):
+    for i in range(WARM_UP + 3 * ROUNDS):
         if i == WARM_UP:
             bench.steps.clear()
-        bench.go_round(sends=i % 2 == 0)
+        bench.go_round(sends=i % 3 == 0, naps=i % 3 == 1)
         await asyncio.sleep(0)  # what was put off to the next turn
     parts = {name: statistics.median(costs) for name, costs in bench.steps.items()}
     parts["run alone"] = bench.bound_run()
@@ -362,7 +369,7 @@ async def measure(model: Path, rows: int) -> dict[str, float]:
     text = body[: body.rindex(b"}")]
     parts["split"] = called(skeleton.json_parts, text, KEY_BYTES)
     counters = bench.dispatcher.metrics.counters
-    parts["count"] = called(counters.answered, 1, 400_000, 100_000, 5_000)
+    parts["count answer"] = called(counters.answered, 1, 400_000, 100_000, 5_000)
     bell = os.eventfd(0, os.EFD_CLOEXEC)
     parts["wake epoll"], parts["sleep in epoll"] = asleep(
         "bell", bell, lambda: os.eventfd_write(bell, 1)

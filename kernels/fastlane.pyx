@@ -28,7 +28,7 @@ from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int32_t, int64_t, uint64_t
-from libc.string cimport memcpy
+from libc.string cimport memcmp, memcpy
 from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
 from gateway._kernels.ledger cimport RequestCounters
@@ -73,6 +73,7 @@ cdef extern from "<sys/socket.h>" nogil:
         int msg_flags
     enum:
         MSG_DONTWAIT, MSG_NOSIGNAL
+    ssize_t send(int fd, const void *data, size_t n, int flags)
     ssize_t sendmsg(int fd, const msghdr *message, int flags)
 
 cdef enum:
@@ -538,6 +539,7 @@ cdef class Lane:
     cdef readonly Burst burst
     cdef public bint is_open
     cdef dict routes
+    cdef uint64_t epoch  # of the routes
     cdef Py_ssize_t max_request_bytes
     cdef Py_ssize_t max_head_bytes
     cdef uint64_t[2] id_state
@@ -571,6 +573,7 @@ cdef class Lane:
     def forget_routes(self):
         """Versions or routes have changed: each target is resolved anew."""
         self.routes.clear()
+        self.epoch += 1
 
     cdef Route route(self, const char *target, Py_ssize_t n):
         cdef bytes name = PyBytes_FromStringAndSize(target, n)
@@ -623,6 +626,11 @@ cdef class Connection:
     cdef Route route
     cdef object request  # in flight, of any kind
     cdef object aside
+    cdef bytes last_target  # of the request before, whose route and template the next one nearly always has
+    cdef bytes last_text
+    cdef Route last_route
+    cdef Template last_template
+    cdef uint64_t last_epoch
     cdef char[GW_HEAD_MAX_ID] request_id
     cdef int request_id_len
     cdef readonly uint64_t active_ns
@@ -728,7 +736,7 @@ cdef class Connection:
             return False
         if (verdict == GW_HEAD_PLAIN and self.lane.is_open
                 and head.head_bytes <= self.lane.max_head_bytes):
-            self.route = self.lane.route(data + head.target, head.target_len)
+            self.route = self.find_route(data + head.target, head.target_len)
             if (self.route is not None and head.media != GW_MEDIA_OTHER
                     and head.content_length <= self.lane.max_request_bytes):
                 self.request_id_len = 0
@@ -745,6 +753,18 @@ cdef class Connection:
                 return True
         self.begin_aside(PyBytes_FromStringAndSize(data, n))
         return True
+
+    cdef Route find_route(self, const char *target, Py_ssize_t n):
+        """The route of a target: the last request's, or one that is looked up."""
+        if (self.last_epoch == self.lane.epoch and self.last_target is not None
+                and PyBytes_GET_SIZE(self.last_target) == n
+                and memcmp(PyBytes_AS_STRING(self.last_target), target, n) == 0):
+            return self.last_route
+        route = self.lane.route(target, n)
+        self.last_target = PyBytes_FromStringAndSize(target, n)
+        self.last_route, self.last_epoch = route, self.lane.epoch
+        self.last_text = self.last_template = None
+        return route
 
     cdef int read_held(self) except -1:
         """Go on with what is held, for as long as nothing is in flight."""
@@ -798,15 +818,25 @@ cdef class Connection:
         cdef char[MAX_KEY_BYTES] key
         cdef gw_span[MAX_SPANS] spans
         cdef int span_count = 0
-        cdef Py_ssize_t key_bytes = self.skeleton(body, n, key, spans, &span_count)
+        cdef Py_ssize_t key_bytes
         cdef bytes skeleton = None
         cdef PyObject *found
+        cdef int64_t text_bytes = self.head.json_bytes
         self.mode = RUNNING
         self.active_ns = self.lane.burst.now()
+        if (self.last_text is not None and text_bytes == PyBytes_GET_SIZE(self.last_text)
+                and text_bytes <= n and not self.is_msgpack()
+                and memcmp(PyBytes_AS_STRING(self.last_text), body, text_bytes) == 0):
+            if self.place(self.last_template, body, n, spans):
+                return 0
+        key_bytes = self.skeleton(body, n, key, spans, &span_count)
         if key_bytes >= 0:
             skeleton = PyBytes_FromStringAndSize(key, key_bytes)
             found = PyDict_GetItem(self.route.templates, skeleton)
             if found is not NULL:
+                if span_count == 0 and 0 < text_bytes <= n and not self.is_msgpack():
+                    self.last_text = PyBytes_FromStringAndSize(body, text_bytes)
+                    self.last_template = <Template>found
                 if self.place(<Template>found, body, n, spans):
                     return 0
                 skeleton = None
@@ -821,6 +851,9 @@ cdef class Connection:
             split)
         return 0
 
+    cdef inline bint is_msgpack(self) noexcept nogil:
+        return GW_MEDIA_MSGPACK <= self.head.media <= GW_MEDIA_VND_MSGPACK
+
     cdef Py_ssize_t skeleton(
         self, const char *body, Py_ssize_t n, char *key, gw_span *spans, int *span_count
     ) noexcept nogil:
@@ -830,7 +863,7 @@ cdef class Connection:
         """
         cdef Py_ssize_t text = n, length = 0, at, i
         cdef int form = JSON_TEXT
-        if GW_MEDIA_MSGPACK <= self.head.media <= GW_MEDIA_VND_MSGPACK:
+        if self.is_msgpack():
             form = PACKED + self.head.media
             if split_msgpack(body, n, key + 1 + 8 * KEPT_SPANS, MAX_KEY_BYTES - 1 - 8 * KEPT_SPANS,
                              &length, spans, span_count) < 0:
@@ -1068,7 +1101,10 @@ cdef class Connection:
             message.msg_namelen = message.msg_controllen = message.msg_flags = 0
             message.msg_iov = parts
             message.msg_iovlen = count
-            sent = sendmsg(self.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if count == 1:
+                sent = send(self.fd, parts[0].iov_base, total, MSG_DONTWAIT | MSG_NOSIGNAL)
+            else:
+                sent = sendmsg(self.fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
             if sent == total:
                 return 0
             if sent < 0:

@@ -42,14 +42,18 @@ cdef class ShapeKey:
         lane: number of the lane for it.
         takes_mates: several requests may share a slot.
         memory: that lane's.
+        dims: what is recorded with a slot of this shape.
 
     Attributes:
+        is_bound: workers write outputs where the shape says, and describe nothing.
         capacity: rows that a slot holds.
         limit: rows at which a slot is closed: fewer, where a run of more would cost more a row.
         cursor: the open slot that rows of this shape are appended to; None: there is none.
     """
 
-    def __init__(self, number, shape, string_bytes, lane, takes_mates, SlotMemory memory=None):
+    def __init__(
+        self, number, shape, string_bytes, lane, takes_mates, SlotMemory memory=None, tuple dims=(),
+    ):
         self.id = number
         self.shape = shape
         self.capacity = self.limit = shape.capacity
@@ -57,6 +61,8 @@ cdef class ShapeKey:
         self.lane = lane
         self.takes_mates = takes_mates
         self.memory = memory
+        self.dims = dims
+        self.is_bound = shape.outputs is not None
         self.cursor = None
 
 

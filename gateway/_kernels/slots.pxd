@@ -19,6 +19,8 @@ cdef class ShapeKey:
     cdef readonly Py_ssize_t lane
     cdef readonly bint takes_mates
     cdef readonly SlotMemory memory
+    cdef readonly tuple dims
+    cdef readonly bint is_bound
     cdef public Slot cursor
 
 

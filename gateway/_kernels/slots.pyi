@@ -20,6 +20,8 @@ class ShapeKey:
     string_bytes: int
     lane: int
     takes_mates: bool
+    dims: tuple[int, ...]
+    is_bound: bool
     cursor: Slot | None
     def __init__(
         self,
@@ -29,6 +31,7 @@ class ShapeKey:
         lane: int,
         takes_mates: bool,
         memory: SlotMemory | None = None,
+        dims: tuple[int, ...] = (),
     ) -> None: ...
 
 class Slot:

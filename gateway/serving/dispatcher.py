@@ -335,24 +335,26 @@ class Dispatcher:
 
     def _answer(self, lane: Lane, slot: Slot) -> bool:
         """Answer a DONE slot's requests; False where its worker's description makes no sense."""
+        if slot.key.is_bound:
+            rest = lane.memory.answer(slot, *lane.producer.times(slot.index))
+            return not rest or self._answer_each(lane, slot, lane.outputs(slot), rest)
         if not lane.is_spilled(slot):
-            return self._answer_each(lane, slot, lane.outputs(slot))
+            return self._answer_each(lane, slot, lane.outputs(slot), slot.requests)
         channel = self._workers.get(lane.producer.owner(slot.index))
         spill = self._spills.take(channel, lane.number, slot.index)
         if spill is None:
             return False
         with viewed(spill) as data:
-            return self._answer_each(lane, slot, lane.outputs(slot, data))
+            return self._answer_each(lane, slot, lane.outputs(slot, data), slot.requests)
 
-    def _answer_each(self, lane: Lane, slot: Slot, outputs: Outputs | None) -> bool:
+    def _answer_each(
+        self, lane: Lane, slot: Slot, outputs: Outputs | None, requests: Sequence[Submission]
+    ) -> bool:
         if outputs is None:
             return False
         started_ns, finished_ns = lane.producer.times(slot.index)
         compute_ns = max(0, finished_ns - started_ns)
-        rest: Sequence[Submission] = slot.requests
-        if slot.key.shape.outputs is not None:
-            rest = lane.memory.answer(slot, started_ns, finished_ns)
-        for request in rest:
+        for request in requests:
             if request.state is State.PLACED:  # not cancelled while it ran
                 timing = Timing(max(0, started_ns - request.arrived_ns), compute_ns)
                 self._tell(request, lane, outputs, timing)

@@ -108,7 +108,7 @@ class Lane:
             request.arrived_ns,
             key.id,
             key.shape.capacity,
-            geometry.flatten(self.signature, key.shape),
+            key.dims,
             request.due_ns,
         )
         self._free.pop()

@@ -187,7 +187,13 @@ class Placement:
         # An optional input is there once in a batch, so it can be of one request only.
         takes_mates = signature.is_batched and all(p.has_rows for p in shape.inputs)
         key = self._keys[dims, row_strings] = ShapeKey(
-            self._next_shape_id, shape, heap, lane.number, takes_mates, lane.memory
+            self._next_shape_id,
+            shape,
+            heap,
+            lane.number,
+            takes_mates,
+            lane.memory,
+            geometry.flatten(signature, shape),
         )
         self._next_shape_id += 1
         return key
