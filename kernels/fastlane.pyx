@@ -78,11 +78,11 @@ cdef extern from "<sys/socket.h>" nogil:
 
 cdef enum:
     SCRATCH_BYTES = 1 << 15  # of one read; what a larger body has beyond it goes to a buffer of its own
+    TURN_REQUESTS = 16  # that one connection may have answered at once in a turn of the event loop
     HELD_BYTES = 1 << 16  # of requests behind the one in flight; beyond it the socket is not read
     WHOLE_BYTES = 1 << 14  # an answer up to this is gathered and sent in one piece
     MAX_KEY_BYTES = 1 << 13  # of a skeleton with its prefix; longer ones are parsed anew each time
     KEPT_SPANS = 4  # of a request of a known skeleton; bounds FastRequest
-    MAX_PIECES = 32  # of an answer
     POOL_BYTES = 1 << 25  # of receive buffers that are kept for the next large body
     POOL_STEP = 1 << 16  # their sizes are multiples of this
     LINGER_NS = 60_000  # that a lone request's answer is looked for before the event loop sleeps
@@ -104,6 +104,7 @@ cdef enum Form:
     PACKED = 4  # plus the media type's number
 
 cpdef enum:
+    MAX_PIECES = 32  # of an answer
     FROM_TAIL  # raw bytes behind the JSON text
     FROM_BIN  # raw bytes within the body, at a span
     FROM_NUMBERS  # the text of an array of numbers, at a span
@@ -618,6 +619,7 @@ cdef class Connection:
     cdef bint is_paused
     cdef bint is_reading
     cdef bint is_clogged  # it does not read its answers
+    cdef bint is_waiting  # for its next turn
     cdef bint is_half_closed
     cdef bytearray body
     cdef Py_ssize_t body_bytes
@@ -698,7 +700,7 @@ cdef class Connection:
     def buffer_updated(self, Py_ssize_t nbytes):
         """They are there."""
         cdef bytes data
-        if self.mode == IDLE and self.is_clogged:
+        if self.mode == IDLE and (self.is_clogged or self.is_waiting):
             self.hold(PyBytes_FromStringAndSize(self.lane.data, nbytes))
         elif self.mode == IDLE:
             if self.held is None:
@@ -769,11 +771,17 @@ cdef class Connection:
     cdef int read_held(self) except -1:
         """Go on with what is held, for as long as nothing is in flight."""
         cdef bytes data
-        if self.is_reading:  # an answer made at once: whoever reads goes on
+        cdef int left = TURN_REQUESTS
+        if self.is_reading or self.is_waiting:  # an answer made at once: whoever reads goes on
             return 0
         self.is_reading = True
         try:
             while self.mode == IDLE and self.held is not None and not self.is_clogged:
+                if left == 0:
+                    self.is_waiting = True
+                    self.lane.burst.call_soon(self.take_turn)
+                    return 0
+                left -= 1
                 data = self.held
                 self.held = None
                 if not self.read(PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data)):
@@ -785,10 +793,16 @@ cdef class Connection:
             self.transport.resume_reading()
         return 0
 
+    def take_turn(self):
+        """The others have had theirs."""
+        self.is_waiting = False
+        if self.mode != CLOSED:
+            self.read_held()
+
     cdef int hold(self, bytes data) except -1:
         """Keep what came too early."""
         self.held = data if self.held is None else self.held + data
-        if len(self.held) > HELD_BYTES and not self.is_paused:
+        if len(self.held) > HELD_BYTES:  # also when it was paused: aiohttp may have resumed
             self.is_paused = True
             self.transport.pause_reading()
         return 0

@@ -5,6 +5,7 @@ from gateway._kernels.ledger import RequestCounters
 from gateway._kernels.ring import Producer
 from gateway._kernels.slots import ShapeKey
 
+MAX_PIECES: Final[int]
 FROM_TAIL: Final[int]
 FROM_BIN: Final[int]
 FROM_NUMBERS: Final[int]

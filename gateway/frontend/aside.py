@@ -48,7 +48,9 @@ class Aside:
         self._loop = asyncio.get_running_loop()
         self.handler = _Handler(self, server, loop=self._loop, **options)
         self.handler.connection_made(connection.transport)
-        self._head = b""  # what has come of a head without an end
+        self._head: bytes | None = (
+            None  # what has come of it; None: nothing is looked for in it any more
+        )
         self._left: int | None = None  # bytes of the message to come; None: not known
         self._is_answered = False
 
@@ -59,11 +61,8 @@ class Aside:
 
     def feed(self, data: bytes) -> bytes:
         """Give aiohttp what of the data is the message's. Returns what lies behind it."""
-        if self._left is None:
-            before = len(self._head)
-            self._look_for_end(data)
-            if self._left is not None:
-                self._left -= before
+        if self._head is not None:
+            self._find_end(self._head, data)
         if self._left is None:
             self.handler.data_received(data)
             return b""
@@ -78,15 +77,18 @@ class Aside:
         self._is_answered = is_kept
         self._leave()
 
-    def _look_for_end(self, data: bytes) -> None:
-        """Set how many bytes the message has, once its head is there."""
-        if len(self._head) > MAX_HEAD_BYTES:
+    def _find_end(self, fed: bytes, data: bytes) -> None:
+        """Set how many bytes of the message are left, once its head is there."""
+        head = fed + data
+        begin = len(head) - len(head.lstrip(b"\r\n"))  # aiohttp skips empty lines
+        end = head.find(b"\r\n\r\n", begin)
+        if end < 0:
+            self._head = head if len(head) <= MAX_HEAD_BYTES else None
             return
-        head = self._head + data
-        end = head.find(b"\r\n\r\n")
-        if end >= 0:
-            self._left = message_bytes(head[: end + 4])
-        self._head = head if self._left is None and end < 0 else b" " * (MAX_HEAD_BYTES + 1)
+        self._head = None
+        size = message_bytes(head[begin : end + 4])
+        if size is not None:
+            self._left = begin + size - len(fed)
 
     def _leave(self) -> None:
         if self._left == 0 and self._is_answered:

@@ -42,8 +42,11 @@ from gateway.serving.routes import RouteTable, Version
 
 log = logging.getLogger("gateway.frontend")
 
-MAX_TEMPLATES = 1024
-"""Skeletons that are remembered of one target before remembering begins anew; clients choose them."""
+MAX_TEMPLATES = 256
+"""Skeletons that are remembered of one version and protocol; clients choose them. Some 10 kB each at most."""
+
+MAX_SEEN = 4096
+"""Skeletons of which it is remembered that they have come once."""
 
 MAX_ROUTES = 4096
 """Targets that are remembered; clients choose their spelling."""
@@ -98,6 +101,7 @@ class DataLane(fastlane.Lane):
         self._keepalive_ns = round(options.keepalive_timeout_s * NS_PER_S)
         self._connections: set[Connection] = set()
         self._seen: set[bytes] = set()
+        self._routes: dict[tuple[str, int, bool], Route] = {}  # however they are spelt
         self._sweeper: asyncio.TimerHandle | None = None
 
     # Connections
@@ -138,6 +142,11 @@ class DataLane(fastlane.Lane):
 
     # Requests
 
+    def forget_routes(self) -> None:
+        """Versions or routes have changed: each target is resolved anew."""
+        super().forget_routes()
+        self._routes.clear()
+
     def resolve(self, target: bytes) -> Route | None:
         """The route of a target; None where aiohttp is to answer."""
         text = target.decode("ascii")
@@ -154,15 +163,18 @@ class DataLane(fastlane.Lane):
             return None
         if self.route_count >= MAX_ROUTES:
             self.forget_routes()
-        exchange = partial(_v2, version) if infer else _predict
-        return Route(
-            version,
-            version.dispatcher,
-            exchange,
-            version.metrics.counters,
-            _heads(version),
-            MAX_TEMPLATES,
-        )
+        key = version.model, version.number, infer is None
+        route = self._routes.get(key)
+        if route is None:
+            route = self._routes[key] = Route(
+                version,
+                version.dispatcher,
+                partial(_v2, version) if infer else _predict,
+                version.metrics.counters,
+                _heads(version),
+                MAX_TEMPLATES,
+            )
+        return route
 
     def serve(
         self,
@@ -234,7 +246,7 @@ class DataLane(fastlane.Lane):
         """Whether its skeleton was seen before: what comes once is not worth a template."""
         if split.skeleton in self._seen:
             return True
-        if len(self._seen) >= MAX_TEMPLATES:
+        if len(self._seen) >= MAX_SEEN:
             self._seen.clear()
         self._seen.add(split.skeleton)
         return False

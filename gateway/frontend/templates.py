@@ -21,6 +21,7 @@ from gateway._kernels.fastlane import (
     FROM_NUMBERS,
     FROM_TAIL,
     ID,
+    MAX_PIECES,
     NUMBERS,
     Split,
     Template,
@@ -255,7 +256,8 @@ class _Answer:
         for begin, end, what in sorted(cuts, key=lambda cut: cut[:2]):
             parts += [body[at:begin], what]
             at = end
-        return tuple(part for part in [*parts, body[at:]] if part != b"")
+        whole = tuple(part for part in [*parts, body[at:]] if part != b"")
+        return whole if len(whole) <= MAX_PIECES else None
 
     def _raw_place(self, i: int, changed: bytes) -> tuple[int, int, Writer | None] | None:
         """Where the bytes of an output lie in the body; ``changed``: with other ones there."""
