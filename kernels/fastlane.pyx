@@ -620,6 +620,7 @@ cdef class Connection:
     cdef bint is_reading
     cdef bint is_clogged  # it does not read its answers
     cdef bint is_waiting  # for its next turn
+    cdef bint has_backlog  # the transport may have bytes that the socket did not take
     cdef bint is_half_closed
     cdef bytearray body
     cdef Py_ssize_t body_bytes
@@ -1110,7 +1111,9 @@ cdef class Connection:
                 to += parts[i].iov_len
             parts[0].iov_len = total
             count = 1
-        if self.buffered() == 0:
+        if self.has_backlog:
+            self.has_backlog = self.buffered() != 0
+        if not self.has_backlog:
             message.msg_name = message.msg_control = NULL
             message.msg_namelen = message.msg_controllen = message.msg_flags = 0
             message.msg_iov = parts
@@ -1134,6 +1137,7 @@ cdef class Connection:
             memcpy(to, <char *>parts[i].iov_base + taken, parts[i].iov_len - taken)
             to += parts[i].iov_len - taken
         self.transport.write(rest)
+        self.has_backlog = True
         return 0
 
     cdef int abandon(self) except -1:
@@ -1152,6 +1156,7 @@ cdef class Connection:
 
     cdef int begin_aside(self, bytes data) except -1:
         self.mode = ASIDE
+        self.has_backlog = True
         if self.aside is None:
             self.aside = self.lane.step_aside(self)
         self.feed_aside(self.aside.begin(data))

@@ -13,7 +13,6 @@ and what becomes of the requests in a slot whose run failed or whose worker died
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import signal
@@ -259,8 +258,10 @@ class Dispatcher:
         """A worker reported completions, and rang."""
         if self._is_closed:
             return  # called soon, and then the version went
-        with contextlib.suppress(BlockingIOError):  # collected meanwhile
+        try:  # noqa: SIM105  (`suppress` costs a microsecond, once a batch)
             os.eventfd_read(lane.bell)
+        except BlockingIOError:
+            pass  # collected meanwhile
         self.on_report(lane)
 
     def on_report(self, lane: Lane) -> None:

@@ -246,8 +246,9 @@ def test_other_requests_have_their_turn_among_plain_ones(wire, name):
         plain(1).replace(b"HTTP/1.1", b"HTTP/9.1"),
         plain(1).replace(b"Content-Length", b"Content-Length: 1\r\nContent-Length"),
         plain(1).replace(b"Content-Length: ", b"Content-Length: -"),
+        plain(1).replace(b"Content-Length: ", b"Content-Length: 1\r\n "),
     ],
-    ids=["no request", "no colon", "version", "two lengths", "negative length"],
+    ids=["no request", "no colon", "version", "two lengths", "negative length", "folded"],
 )
 def test_a_bad_request_is_answered_in_its_turn_and_ends_the_connection(wire, bad):
     wire.send(plain(1) + LIVE + plain(2) + bad + plain(3))
