@@ -22,7 +22,18 @@ DIRECTIVES = {
     "freethreading_compatible": False,
 }
 
-KERNELS = ("ring", "pack", "decode", "slots", "heads", "ledger", "skeleton", "fastlane")
+KERNELS = (
+    "ring",
+    "pack",
+    "decode",
+    "slots",
+    "heads",
+    "ledger",
+    "skeleton",
+    "burst",
+    "templates",
+    "fastlane",
+)
 DEPENDS = {
     "ring": ["kernels/atomics.h", "kernels/ring_layout.h"],
     "heads": ["kernels/http_head.h", "kernels/http_answer.h"],

@@ -24,20 +24,20 @@ in flight (nobody pipelines, and every connection would carry the queue).
 from cpython.bytearray cimport PyByteArray_AS_STRING, PyByteArray_FromStringAndSize, PyByteArray_GET_SIZE
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.dict cimport PyDict_GetItem
-from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int32_t, int64_t, uint64_t
 from libc.string cimport memcmp, memcpy
-from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
 
-from gateway._kernels.ledger cimport RequestCounters
-from gateway._kernels.ring cimport Producer
+from gateway._kernels.burst cimport Burst
 from gateway._kernels.skeleton cimport (
-    MAX_SPANS, SPAN_BIN, SPAN_ID, SPAN_NUMBERS, gw_span, parse_numbers, split_json, split_msgpack,
+    MAX_SPANS, SPAN_ID, gw_span, parse_numbers, split_json, split_msgpack,
 )
 from gateway._kernels.slots cimport (
-    ENDED, NEW, PLACED, Intake, Request, ShapeKey, Slot, SlotMemory, enter,
+    ENDED, Intake, Request, ShapeKey, Slot, SlotMemory, enter,
+)
+from gateway._kernels.templates cimport (
+    FROM_BIN, FROM_TAIL, KEPT_SPANS, MAX_PIECES, Piece, Route, Source, Split, Template,
 )
 
 cdef extern from "http_head.h" nogil:
@@ -55,7 +55,6 @@ cdef extern from "http_answer.h" nogil:
         GW_REQUEST_ID_CHARS, GW_DATE_CHARS
     size_t gw_put_uint(char *out, uint64_t value)
     void gw_request_id(char *out, uint64_t *state)
-    void gw_put_date(char *out, int64_t unix_s)
 
 cdef extern from "<sys/uio.h>" nogil:
     struct iovec:
@@ -82,13 +81,8 @@ cdef enum:
     HELD_BYTES = 1 << 16  # of requests behind the one in flight; beyond it the socket is not read
     WHOLE_BYTES = 1 << 14  # an answer up to this is gathered and sent in one piece
     MAX_KEY_BYTES = 1 << 13  # of a skeleton with its prefix; longer ones are parsed anew each time
-    KEPT_SPANS = 4  # of a request of a known skeleton; bounds FastRequest
     POOL_BYTES = 1 << 25  # of receive buffers that are kept for the next large body
     POOL_STEP = 1 << 16  # their sizes are multiples of this
-    LINGER_NS = 60_000  # that a lone request's answer is looked for before the event loop sleeps
-    LINGER_CREDIT = 8  # lone requests whose answers came in that time, of which one miss costs all
-    LINGER_PAUSE = 256  # lone requests after a miss that are not waited for
-    WAKE_BYTES = 1 << 18  # written into slots since workers were woken: they need not wait for the rest
 
 cdef enum Mode:
     IDLE  # nothing in flight; perhaps part of a head
@@ -102,301 +96,6 @@ cdef enum Form:
     BINARY = 2
     RAW = 3
     PACKED = 4  # plus the media type's number
-
-cpdef enum:
-    MAX_PIECES = 32  # of an answer
-    FROM_TAIL  # raw bytes behind the JSON text
-    FROM_BIN  # raw bytes within the body, at a span
-    FROM_NUMBERS  # the text of an array of numbers, at a span
-
-NUMBERS = SPAN_NUMBERS
-BIN = SPAN_BIN
-ID = SPAN_ID
-
-
-cdef inline uint64_t monotonic_ns() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return <uint64_t>now.tv_sec * 1_000_000_000 + now.tv_nsec
-
-
-cdef class Burst:
-    """What is done once for all that one turn of the event loop brings: a clock read, waking workers.
-
-    A request that came alone, to a front end that has no other, is waited for: looking at shared memory
-    for a moment costs less than being woken, twice over, where the model is fast. Where it was not fast
-    enough, or there is but one core, nobody waits.
-
-    Args:
-        call_soon: the event loop's.
-        may_linger: there is a core to spare.
-    """
-
-    cdef object call_soon
-    cdef dict listeners
-    cdef int credit
-    cdef bint may_linger
-    cdef bint is_alone
-    cdef object end_method
-    cdef list producers
-    cdef uint64_t now_ns
-    cdef bint is_open
-    cdef Py_ssize_t written
-    cdef char[GW_DATE_CHARS] date
-    cdef int64_t date_s
-
-    def __init__(self, call_soon, bint may_linger=False):
-        self.call_soon = call_soon
-        self.may_linger = may_linger
-        self.listeners = {}
-        self.credit = LINGER_CREDIT
-        self.end_method = self.end
-        self.producers = []
-
-    cdef uint64_t now(self) except? 0:
-        """The monotonic time, read once a burst."""
-        cdef timespec wall
-        if not self.is_open:
-            self.is_open = True
-            self.now_ns = monotonic_ns()
-            clock_gettime(CLOCK_REALTIME, &wall)
-            if wall.tv_sec != self.date_s:
-                self.date_s = wall.tv_sec
-                gw_put_date(self.date, wall.tv_sec)
-            self.call_soon(self.end_method)
-        return self.now_ns
-
-    def listen(self, Producer producer not None, on_report):
-        """Have a function called for reports that are seen without a bell; None: it is not there any more."""
-        if on_report is None:
-            self.listeners.pop(producer, None)
-        else:
-            self.listeners[producer] = on_report
-
-    def wake(self, Producer producer not None):
-        """Wake a worker for what the producer published, when the burst ends."""
-        self.touch(producer, 0)
-
-    cdef int touch(self, Producer producer, Py_ssize_t nbytes) except -1:
-        self.now()
-        self.written += nbytes
-        if self.written >= WAKE_BYTES:
-            self.written = 0
-            producer.wake()
-        elif producer not in self.producers:
-            self.producers.append(producer)
-        return 0
-
-    def end(self):
-        """The burst is over."""
-        cdef Producer producer
-        cdef bint is_alone = self.is_alone
-        self.is_open = self.is_alone = False
-        self.written = 0
-        if self.producers:
-            producers, self.producers = self.producers, []
-            for producer in producers:
-                if producer.control.lane is not NULL:  # its version may have gone meanwhile
-                    producer.wake()
-                    if is_alone and self.may_linger:
-                        self.linger(producer)
-
-    cdef int linger(self, Producer producer) except -1:
-        """Wait a moment for the answer of the one request there is."""
-        if self.credit <= 0:
-            self.credit += 1
-            return 0
-        if producer.linger(LINGER_NS):
-            self.credit = min(self.credit + 1, LINGER_CREDIT)
-            self.listeners[producer]()
-        else:
-            self.credit = -LINGER_PAUSE
-        return 0
-
-
-cdef struct Source:
-    # Where one input of a template's requests comes from, and where it goes.
-    int kind
-    int span  # which span, for FROM_BIN and FROM_NUMBERS
-    Py_ssize_t at  # in the tail, for FROM_TAIL
-    Py_ssize_t nbytes  # of the whole tensor
-    Py_ssize_t raw_at  # where it lies in the request's private copy
-    Py_ssize_t offset  # of its first row in a slot
-    Py_ssize_t row_bytes
-    int datatype
-    Py_ssize_t count
-    int rank  # of `dims`; below 0: the numbers may nest in any way
-    Py_ssize_t[8] dims
-
-cdef struct Piece:
-    # A part of an answer's body: constant bytes, an output's rows, or the request's id.
-    const char *text  # NULL: an output, or the id
-    Py_ssize_t nbytes  # of the text, or of the output's rows
-    Py_ssize_t offset  # of an output's first row in a slot
-    Py_ssize_t row_bytes  # 0 for what has no rows
-    bint is_id
-    bint is_text  # an output as text, which `Template.writers` makes of its bytes
-
-
-cdef class Template:
-    """What every request of one skeleton has in common.
-
-    Args:
-        key: the shape of its rows.
-        rows: how many.
-        level: its place in the queue's order.
-        timeout_ns: its time in the queue, 0 for any.
-        slo_ns: the latency that it aims at, 0 for any.
-        tail_bytes: raw bytes behind the JSON text; -1: the whole body is text, or msgpack.
-        span_count: spans that the splitter finds.
-        sources: for each input (kind, span, at, nbytes, datatype, count, dims, offset, row_bytes), dims
-            None where numbers may nest in any way.
-        head: the answer's status line and headers, but those that follow from the body and the moment.
-        json_bytes: of the answer's text before raw tensors, without id and texts of outputs; -1: no such
-            header.
-        pieces: of the answer's body: bytes, (offset, nbytes, row_bytes, writer) of an output in the slot, or
-            None for the request's id. A writer makes text of an output's bytes; None: they go out as they
-            are.
-        encode: makes the body where it is not of pieces: called with the request's id (or None) and the
-            address-free views of its outputs.
-        outputs: for `encode`: (offset, row_bytes, nbytes) of each output.
-    """
-
-    cdef readonly ShapeKey key
-    cdef Py_ssize_t rows
-    cdef int level
-    cdef uint64_t timeout_ns
-    cdef uint64_t slo_ns
-    cdef Py_ssize_t tail_bytes
-    cdef int span_count
-    cdef int source_count
-    cdef Source *sources
-    cdef Py_ssize_t raw_bytes
-    cdef bint has_numbers
-    cdef bytes head
-    cdef Py_ssize_t json_bytes
-    cdef list kept
-    cdef Piece[MAX_PIECES] pieces
-    cdef int piece_count
-    cdef Py_ssize_t body_bytes  # without texts and the id
-    cdef list writers  # by piece
-    cdef bint has_texts
-    cdef object encode
-    cdef tuple outputs
-
-    def __cinit__(self):
-        self.sources = NULL
-
-    def __init__(
-        self, ShapeKey key, Py_ssize_t rows, int level, uint64_t timeout_ns, uint64_t slo_ns,
-        Py_ssize_t tail_bytes,
-        int span_count, tuple sources, bytes head, Py_ssize_t json_bytes, tuple pieces, encode,
-        tuple outputs,
-    ):
-        if span_count > KEPT_SPANS or len(pieces) > MAX_PIECES or self.sources is not NULL:
-            raise ValueError("too many parts for a template")
-        self.key, self.rows, self.level, self.timeout_ns = key, rows, level, timeout_ns
-        self.slo_ns, self.tail_bytes, self.span_count = slo_ns, tail_bytes, span_count
-        self.head, self.json_bytes, self.encode, self.outputs = head, json_bytes, encode, outputs
-        self.source_count = len(sources)
-        self.sources = <Source *>PyMem_Malloc(max(1, len(sources)) * sizeof(Source))
-        if self.sources is NULL:
-            raise MemoryError
-        cdef Source *s
-        cdef Piece *p
-        cdef int i, j
-        for i, (kind, span, at, nbytes, datatype, count, dims, offset, row_bytes) in enumerate(sources):
-            s = &self.sources[i]
-            s.kind, s.span, s.at, s.nbytes = kind, span, at, nbytes
-            s.offset, s.row_bytes, s.datatype, s.count = offset, row_bytes, datatype, count
-            s.raw_at = self.raw_bytes
-            self.raw_bytes += nbytes
-            self.has_numbers = self.has_numbers or kind == FROM_NUMBERS
-            s.rank = -1
-            if dims is not None:
-                s.rank = len(dims)
-                for j in range(s.rank):
-                    s.dims[j] = dims[j]
-        self.kept = []
-        self.writers = []
-        for i, part in enumerate(pieces):
-            p = &self.pieces[i]
-            p.text, p.offset, p.row_bytes, p.nbytes = NULL, 0, 0, 0
-            p.is_id = p.is_text = False
-            writer = None
-            if part is None:
-                p.is_id = True
-            elif isinstance(part, bytes):
-                self.kept.append(part)
-                p.text, p.nbytes = PyBytes_AS_STRING(part), PyBytes_GET_SIZE(part)
-            else:
-                p.offset, p.nbytes, p.row_bytes, writer = part
-                p.is_text = writer is not None
-            self.writers.append(writer)
-            self.has_texts = self.has_texts or p.is_text
-            if not p.is_text:
-                self.body_bytes += p.nbytes
-        self.piece_count = len(pieces)
-
-    def __dealloc__(self):
-        PyMem_Free(self.sources)
-
-
-cdef class Route:
-    """Where the requests of one target go, and what is known of their bodies.
-
-    Args:
-        version: the version that answers (`serving.routes.Version`).
-        dispatcher: its dispatcher.
-        exchange: how the general parsers are called, for `Lane.serve`.
-        counters: where answers are counted.
-        heads: heads of answers, by media type, for `Lane.serve`.
-        max_templates: skeletons that are remembered.
-    """
-
-    cdef readonly object version
-    cdef readonly object dispatcher
-    cdef readonly object exchange
-    cdef readonly dict heads
-    cdef Intake intake
-    cdef RequestCounters counters
-    cdef dict templates
-    cdef Py_ssize_t max_templates
-
-    def __init__(
-        self, version, dispatcher, exchange, RequestCounters counters not None, dict heads,
-        Py_ssize_t max_templates,
-    ):
-        self.version = version
-        self.dispatcher = dispatcher
-        self.exchange = exchange
-        self.intake = dispatcher.intake
-        self.counters = counters
-        self.heads = heads
-        self.templates = {}
-        self.max_templates = max_templates
-
-    def learn(self, bytes skeleton, Template template not None):
-        """Remember what requests of a skeleton are."""
-        if len(self.templates) >= self.max_templates:
-            self.templates.clear()
-        self.templates[skeleton] = template
-
-
-cdef class Split:
-    """A body as the splitter saw it, for whoever learns its skeleton.
-
-    Attributes:
-        skeleton: what to learn it by.
-        spans: of the body, as (begin, end, count, kind).
-    """
-
-    cdef readonly bytes skeleton
-    cdef readonly list spans
-
-    def __init__(self, bytes skeleton, list spans):
-        self.skeleton = skeleton
-        self.spans = spans
 
 
 cdef class FastRequest(Request):
@@ -1016,7 +715,8 @@ cdef class Connection:
         if self.held is not None or self.is_paused:
             self.read_held()
         if self.is_half_closed and not self.is_reading and self.mode != RUNNING:
-            self.transport.close()  # what is left of its last request will never come
+            if not (self.is_clogged and self.held is not None):
+                self.transport.close()  # what is left of its last request will never come
 
     cdef Py_ssize_t put_head(self, bytes head, Py_ssize_t body_bytes, Py_ssize_t json_bytes) except -1:
         """Write an answer's head to the lane's buffer; its bytes."""

@@ -22,7 +22,18 @@ from gateway.serving import cpus, memory
 RUNTIME_DEADLINE_S = 60
 """For the import of ONNX Runtime in a process of its own; a GPU's libraries are large."""
 
-KERNELS = ("ring", "pack", "decode")
+KERNELS = (
+    "ring",
+    "pack",
+    "decode",
+    "slots",
+    "heads",
+    "ledger",
+    "skeleton",
+    "burst",
+    "templates",
+    "fastlane",
+)
 
 _SHOWN_FEATURES = re.compile(
     r"avx2|avx512(f|_vnni|_bf16|_fp16)|avx_vnni|amx_(tile|int8|bf16)|asimd|asimddp|sve2?|i8mm|bf16"

@@ -17,7 +17,8 @@ from typing import Any
 from aiohttp import web
 
 from gateway._kernels import fastlane
-from gateway._kernels.fastlane import Connection, Route, Split, Template
+from gateway._kernels.fastlane import Connection
+from gateway._kernels.templates import Route, Split, Template
 from gateway.clock import NS_PER_S, monotonic_ns
 from gateway.errors import GatewayError
 from gateway.frontend.answers import RETRY_AFTER_S, SERVER

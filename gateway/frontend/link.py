@@ -22,7 +22,7 @@ from mmap import mmap
 from typing import Any
 
 from gateway._kernels import ring
-from gateway._kernels.fastlane import Burst
+from gateway._kernels.burst import Burst
 from gateway.clock import NS_PER_S, monotonic_ns
 from gateway.errors import Unavailable
 from gateway.frontend.operations import Operations

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from gateway._kernels.fastlane import (
+from gateway._kernels.templates import (
     BIN,
     FROM_BIN,
     FROM_NUMBERS,

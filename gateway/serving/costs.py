@@ -35,7 +35,7 @@ MAX_SIZES = 64
 STALE_RUNS = 512
 """Runs after which a median of a size that did not run any more is dropped: it is tried again."""
 
-WORSE = 0.85
+WORSE = 0.75
 """A size counts as worse than others where it runs at less than this part of the most rows a second."""
 
 OUTLIER = 3.0

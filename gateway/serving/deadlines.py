@@ -35,7 +35,7 @@ class Deadlines:
 
     Args:
         loop: for the timer.
-        expire: called with a request, at or soon after its deadline; again unless it ends then.
+        expire: called once with a request, at or soon after its deadline.
     """
 
     def __init__(self, loop: Scheduler, expire: Callable[[Submission], None]) -> None:

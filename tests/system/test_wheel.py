@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import requests
 
+from gateway.cli import doctor_facts
 from tests.system.server import Server
 
 
@@ -26,7 +27,7 @@ def wheel(root, tmp_path_factory) -> Path:
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"gateway"}
-    for kernel in ("ring", "pack", "decode"):
+    for kernel in doctor_facts.KERNELS:
         assert any(name.startswith(f"gateway/_kernels/{kernel}.cpython") for name in names)
         assert f"gateway/_kernels/{kernel}.pyi" in names
     assert "gateway/py.typed" in names
