@@ -32,7 +32,7 @@ from harness import binary_request, usage
 
 from gateway._kernels import heads, ring, skeleton
 from gateway._kernels.fastlane import Connection
-from gateway.frontend.fastlane import DataLane
+from gateway.frontend.datalane import DataLane
 from gateway.serving import loader, memory
 from gateway.serving.attached import AttachedLane
 from gateway.serving.channel import Channel

@@ -5,9 +5,12 @@ call a request would cost more than placing it.
 """
 
 from libc.stdint cimport int64_t, uint64_t
-from posix.time cimport CLOCK_MONOTONIC, CLOCK_REALTIME, clock_gettime, timespec
+from posix.time cimport CLOCK_REALTIME, clock_gettime, timespec
 
 from gateway._kernels.ring cimport Producer
+
+cdef extern from "atomics.h" nogil:
+    uint64_t gw_now_ns()
 
 cdef extern from "http_answer.h" nogil:
     void gw_put_date(char *out, int64_t unix_s)
@@ -17,12 +20,6 @@ cdef enum:
     LINGER_CREDIT = 8  # lone requests whose answers came in that time, of which one miss costs all
     LINGER_PAUSE = 256  # lone requests after a miss that are not waited for
     WAKE_BYTES = 1 << 18  # written into slots since workers were woken: they need not wait for the rest
-
-
-cdef inline uint64_t monotonic_ns() noexcept nogil:
-    cdef timespec now
-    clock_gettime(CLOCK_MONOTONIC, &now)
-    return <uint64_t>now.tv_sec * 1_000_000_000 + now.tv_nsec
 
 
 cdef class Burst:
@@ -50,7 +47,7 @@ cdef class Burst:
         cdef timespec wall
         if not self.is_open:
             self.is_open = True
-            self.now_ns = monotonic_ns()
+            self.now_ns = gw_now_ns()
             clock_gettime(CLOCK_REALTIME, &wall)
             if wall.tv_sec != self.date_s:
                 self.date_s = wall.tv_sec

@@ -7,7 +7,7 @@ object, task or future is made, and nothing is parsed twice but numbers. Its ans
 slot's memory to the socket when the worker has completed it.
 
 What is not for this file goes elsewhere, and says why it is right: a body with a new skeleton to the
-general parsers (`frontend.fastlane`), which also teach the skeleton; a request that is unusual in any way to
+general parsers (`frontend.datalane`), which also teach the skeleton; a request that is unusual in any way to
 aiohttp (`frontend.aside`), on the same connection and in its turn; a full slot, a queue, a deadline to
 the dispatcher. The lane is correct by being narrow.
 
@@ -41,7 +41,7 @@ from gateway._kernels.templates cimport (
 )
 
 cdef extern from "http_head.h" nogil:
-    int GW_HEAD_ASIDE, GW_HEAD_MORE, GW_HEAD_PLAIN
+    int GW_HEAD_MORE, GW_HEAD_PLAIN
     enum:
         GW_HEAD_MAX_ID, GW_MEDIA_MSGPACK, GW_MEDIA_VND_MSGPACK, GW_MEDIA_OTHER
     ctypedef struct gw_head:
@@ -49,6 +49,10 @@ cdef extern from "http_head.h" nogil:
         int64_t content_length, json_bytes
         int32_t media, request_id, request_id_len
     int gw_parse_head(const char *data, size_t n, gw_head *head)
+
+cdef extern from "ring_layout.h" nogil:
+    enum:
+        GW_OPEN
 
 cdef extern from "http_answer.h" nogil:
     enum:
@@ -80,6 +84,7 @@ cdef enum:
     TURN_REQUESTS = 16  # that one connection may have answered at once in a turn of the event loop
     HELD_BYTES = 1 << 16  # of requests behind the one in flight; beyond it the socket is not read
     WHOLE_BYTES = 1 << 14  # an answer up to this is gathered and sent in one piece
+    KEY_HEAD_BYTES = 1 + 8 * KEPT_SPANS  # of a key: the body's form, and the count of each span
     MAX_KEY_BYTES = 1 << 13  # of a skeleton with its prefix; longer ones are parsed anew each time
     POOL_BYTES = 1 << 25  # of receive buffers that are kept for the next large body
     POOL_STEP = 1 << 16  # their sizes are multiples of this
@@ -187,11 +192,6 @@ cdef class FastRequest(Request):
         self.route.intake.in_flight -= 1
         if connection is None:
             return True
-        now_ns = connection.lane.burst.now()
-        self.route.counters.count_answer(
-            self.rows, now_ns - self.arrived_ns if now_ns > self.arrived_ns else 0,
-            started_ns - self.arrived_ns if started_ns > self.arrived_ns else 0,
-            finished_ns - started_ns if finished_ns > started_ns else 0)
         try:
             if self.template.encode is None:
                 connection.send_pieces(self, outputs)
@@ -199,8 +199,13 @@ cdef class FastRequest(Request):
                 self.encode(outputs)
         except Exception as error:
             connection.lane.refuse(connection, self.route, error, self.arrived_ns)
-        else:
-            connection.finish()
+            return True
+        now_ns = connection.lane.burst.now()
+        self.route.counters.count_answer(
+            self.rows, now_ns - self.arrived_ns if now_ns > self.arrived_ns else 0,
+            started_ns - self.arrived_ns if started_ns > self.arrived_ns else 0,
+            finished_ns - started_ns if finished_ns > started_ns else 0)
+        connection.finish()
         return True
 
     cdef int encode(self, const char *outputs) except -1:
@@ -579,7 +584,7 @@ cdef class Connection:
         cdef int form = JSON_TEXT
         if self.is_msgpack():
             form = PACKED + self.head.media
-            if split_msgpack(body, n, key + 1 + 8 * KEPT_SPANS, MAX_KEY_BYTES - 1 - 8 * KEPT_SPANS,
+            if split_msgpack(body, n, key + KEY_HEAD_BYTES, MAX_KEY_BYTES - KEY_HEAD_BYTES,
                              &length, spans, span_count) < 0:
                 return -1
         elif self.head.json_bytes == 0:
@@ -590,7 +595,7 @@ cdef class Connection:
                 text = self.head.json_bytes
                 if text > n:
                     return -1
-            if split_json(body, text, key + 1 + 8 * KEPT_SPANS, MAX_KEY_BYTES - 1 - 8 * KEPT_SPANS,
+            if split_json(body, text, key + KEY_HEAD_BYTES, MAX_KEY_BYTES - KEY_HEAD_BYTES,
                           &length, spans, span_count) < 0:
                 return -1
         if span_count[0] > KEPT_SPANS:
@@ -603,7 +608,7 @@ cdef class Connection:
             memcpy(key + 1 + 8 * i, &at, 8)
         if form == RAW:
             memcpy(key + 1, &n, 8)
-        return 1 + 8 * KEPT_SPANS + length
+        return KEY_HEAD_BYTES + length
 
     cdef bint place(self, Template template, const char *body, Py_ssize_t n, gw_span *spans) except -1:
         """Submit a request of a known skeleton; False: the general parsers are to say what is wrong."""
@@ -666,7 +671,7 @@ cdef class Connection:
         if slot is None or request.solo or slot.rows + request.rows > key.limit:
             return 0
         memory = key.memory
-        if memory.producer.phase(slot.index) != 1:
+        if memory.producer.phase(slot.index) != GW_OPEN:
             return 0
         if request.fill(memory.inputs + slot.index * memory.input_slot_bytes, slot.rows) < 0:
             return -1

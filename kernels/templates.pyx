@@ -1,6 +1,6 @@
 """What the fast lane remembers: where the requests of a target go, and what those of a skeleton are made of.
 
-Records that `frontend.templates` writes and the fast lane reads; nothing is decided here.
+Records that `frontend.learning` writes and the fast lane reads; nothing is decided here.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_GET_SIZE

@@ -51,9 +51,10 @@ class HealthHandlers:
 
     async def metrics(self, _http: web.Request) -> web.Response:
         """All metrics, as of now."""
-        for version in self._routes.versions():
-            if version.dispatcher is not None:
-                version.metrics.queue_depth(version.dispatcher.waiting())
-        return web.Response(
-            body=self._metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST}
-        )
+        dispatchers = [v.dispatcher for v in self._routes.versions() if v.dispatcher is not None]
+        for dispatcher in dispatchers:
+            dispatcher.metrics.queue_depth(dispatcher.waiting())
+        body = self._metrics.render()
+        for dispatcher in dispatchers:
+            dispatcher.tell_depth()  # this moment's would go stale where others are scraped
+        return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})

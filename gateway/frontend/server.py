@@ -17,10 +17,11 @@ from typing import Any
 
 import uvloop
 from aiohttp import http_parser, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from gateway.errors import Unavailable
 from gateway.frontend.answers import DRAINING, answering
-from gateway.frontend.fastlane import DataLane
+from gateway.frontend.datalane import DataLane
 from gateway.frontend.health import HealthHandlers
 from gateway.frontend.inference import Inference
 from gateway.frontend.link import DRAIN_LOOK_S, SupervisorLink
@@ -166,6 +167,15 @@ def _server_of(runner: web.AppRunner) -> web.Server:
     return runner.server
 
 
+class _ClientsMistakes(logging.Filter):
+    """Leaves malformed requests out of the log: aiohttp would write a traceback of each."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is written."""
+        error = record.exc_info[1] if record.exc_info else None
+        return not isinstance(error, HttpProcessingError)
+
+
 async def _close(runners: list[web.AppRunner]) -> None:
     for runner in runners:
         await runner.cleanup()
@@ -186,6 +196,7 @@ def main(argv: list[str] | None = None) -> int:
     message, (data_fd, metrics_fd) = received
     options = FrontendOptions.from_wire(message["options"])
     logs.configure(options.log_level, options.log_format)
+    logging.getLogger("aiohttp.server").addFilter(_ClientsMistakes())
     frontend_sockets = socket.socket(fileno=data_fd), socket.socket(fileno=metrics_fd)
 
     async def run() -> None:

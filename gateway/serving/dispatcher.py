@@ -172,7 +172,7 @@ class Dispatcher:
             request.materialise()
             self._queue.put(request)
             self.intake.has_queue = True
-            self.metrics.queue_depth(self.waiting())
+            self.tell_depth()
         self.intake.in_flight += 1
         if request.deadline_ns:
             self._deadlines.add(request)
@@ -204,6 +204,10 @@ class Dispatcher:
     def waiting(self) -> int:
         """Requests that no worker has taken yet."""
         return len(self._queue) + sum(len(slot.requests) for slot in self._placement.unsealed())
+
+    def tell_depth(self) -> None:
+        """Let whoever is scraped know what waits; without a queue that is next to nothing."""
+        self.metrics.queue_depth(self.waiting() if self.intake.has_queue else 0)
 
     def fail_all(self, error: GatewayError) -> None:
         """End every request: the version is gone."""
@@ -304,7 +308,7 @@ class Dispatcher:
         while (request := self._queue.next()) is not None and self._place(request):
             self._queue.remove_next(request)
         self.intake.has_queue = request is not None
-        self.metrics.queue_depth(self.waiting())
+        self.tell_depth()
 
     def _take_back(self, request: Submission) -> bool:
         """Keep a request from running; False when a worker has it."""

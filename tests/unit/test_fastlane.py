@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from gateway._kernels.fastlane import Connection
-from gateway.frontend.fastlane import DataLane
+from gateway.frontend.datalane import DataLane
 from gateway.frontend.inference import CLIENT_GONE
 from gateway.serving.options import FrontendOptions
 from gateway.serving.request import State

@@ -3,7 +3,7 @@
 A body's skeleton is everything in it but tensor data, so what the parsers and checks said of one request
 holds for each other one with the same skeleton. `template_of` writes that down: where each input's bytes
 come from and go to, and what the answer is made of. Both are found out by trying, not by knowing the
-protocol: the body is parsed once more with other numbers in each span, to see which tensor they turn up in,
+protocol: the body is parsed again with other numbers in each span, to see which tensor they turn up in,
 and the answer is encoded with other bytes in each output, to see where those lie.
 """
 

@@ -33,7 +33,7 @@ from gateway.frontend.exchanges import (
     v2_exchange,
 )
 from gateway.frontend.inference import CLIENT_GONE
-from gateway.frontend.templates import template_of
+from gateway.frontend.learning import template_of
 from gateway.protocols import jsontext
 from gateway.protocols.call import InferCall, OutputTensor, check_call
 from gateway.serving.dispatcher import Dispatcher
@@ -299,11 +299,11 @@ class _Answering:
         version: Version = self._route.version
         encoded = self._encode(outputs)
         head = self._route.heads[encoded.media_type]
-        total_ns = monotonic_ns() - self._arrived_ns
-        version.metrics.answered(self._call.rows, total_ns, timing.queue_ns, timing.compute_ns)
         self._connection.respond(
             head, encoded.body, -1 if encoded.json_bytes is None else encoded.json_bytes
         )
+        total_ns = monotonic_ns() - self._arrived_ns
+        version.metrics.answered(self._call.rows, total_ns, timing.queue_ns, timing.compute_ns)
         self._connection.finish()
 
     def on_error(self, error: GatewayError) -> None:
