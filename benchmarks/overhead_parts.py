@@ -32,7 +32,7 @@ from harness import binary_request, usage
 
 from gateway._kernels import heads, ring, skeleton
 from gateway._kernels.fastlane import Connection
-from gateway.frontend.datalane import DataLane
+from gateway.frontend.frontdoor import FrontDoor
 from gateway.serving import loader, memory
 from gateway.serving.attached import AttachedLane
 from gateway.serving.channel import Channel
@@ -166,7 +166,7 @@ class Bench:
         loaded = loader.load(LoadPlan(str(model), max_batch_size=64), lambda: None)
         self.session, metrics = loaded.session, Metrics().version("mlp16", 1)
         routes = RouteTable()
-        self.data = DataLane(routes, web.Server(_unused), {}, OPTIONS)
+        self.data = FrontDoor(routes, web.Server(_unused), {}, OPTIONS)
         limits = Limits(1000, 0, LANE_BYTES)
         self.dispatcher = Dispatcher(
             loaded.signature, limits, board, metrics, asyncio.get_running_loop(),

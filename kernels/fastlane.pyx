@@ -7,7 +7,7 @@ object, task or future is made, and nothing is parsed twice but numbers. Its ans
 slot's memory to the socket when the worker has completed it.
 
 What is not for this file goes elsewhere, and says why it is right: a body with a new skeleton to the
-general parsers (`frontend.datalane`), which also teach the skeleton; a request that is unusual in any way to
+general parsers (`frontend.frontdoor`), which also teach the skeleton; a request that is unusual in any way to
 aiohttp (`frontend.aside`), on the same connection and in its turn; a full slot, a queue, a deadline to
 the dispatcher. The lane is correct by being narrow.
 
@@ -181,7 +181,7 @@ cdef class FastRequest(Request):
     def fail(self, error):
         """Answer it with an error."""
         if self.connection is not None:
-            self.connection.lane.refuse(self.connection, self.route, error, self.arrived_ns)
+            self.connection.door.refuse(self.connection, self.route, error, self.arrived_ns)
 
     cdef bint answer_from(
         self, const char *outputs, uint64_t started_ns, uint64_t finished_ns
@@ -198,9 +198,9 @@ cdef class FastRequest(Request):
             else:
                 self.encode(outputs)
         except Exception as error:
-            connection.lane.refuse(connection, self.route, error, self.arrived_ns)
+            connection.door.refuse(connection, self.route, error, self.arrived_ns)
             return True
-        now_ns = connection.lane.burst.now()
+        now_ns = connection.door.burst.now()
         self.route.counters.count_answer(
             self.rows, now_ns - self.arrived_ns if now_ns > self.arrived_ns else 0,
             started_ns - self.arrived_ns if started_ns > self.arrived_ns else 0,
@@ -224,7 +224,7 @@ class Unreadable(Exception):
     """A request's numbers do not decode: the general parsers say why."""
 
 
-cdef class Lane:
+cdef class Door:
     """What the connections of one front end share. Python's side of it is a subclass.
 
     Args:
@@ -313,7 +313,7 @@ cdef class Connection:
         active_ns: monotonic time of the last request's begin or end, 0 before the first byte.
     """
 
-    cdef readonly Lane lane
+    cdef readonly Door door
     cdef readonly object transport
     cdef object is_closing
     cdef object buffered
@@ -342,8 +342,8 @@ cdef class Connection:
     cdef int request_id_len
     cdef readonly uint64_t active_ns
 
-    def __init__(self, Lane lane not None):
-        self.lane = lane
+    def __init__(self, Door door not None):
+        self.door = door
         self.mode = IDLE
 
     # What the event loop calls
@@ -354,14 +354,14 @@ cdef class Connection:
         self.is_closing = transport.is_closing
         self.buffered = transport.get_write_buffer_size
         self.fd = transport.get_extra_info("socket").fileno()
-        self.active_ns = self.lane.burst.now()
-        self.lane.opened(self)
+        self.active_ns = self.door.burst.now()
+        self.door.opened(self)
 
     def connection_lost(self, exc):
         """It is gone: its request is cancelled."""
         cdef Mode mode = self.mode
         self.mode = CLOSED
-        self.lane.closed(self)
+        self.door.closed(self)
         if mode == BODY:
             self.route.intake.receiving -= 1
         elif mode == RUNNING:
@@ -400,33 +400,33 @@ cdef class Connection:
         """Where the next bytes go."""
         if self.mode == BODY:
             return memoryview(self.body)[self.filled : self.body_bytes]
-        return self.lane.scratch_view
+        return self.door.scratch_view
 
     def buffer_updated(self, Py_ssize_t nbytes):
         """They are there."""
         cdef bytes data
         if self.mode == IDLE and (self.is_clogged or self.is_waiting):
-            self.hold(PyBytes_FromStringAndSize(self.lane.data, nbytes))
+            self.hold(PyBytes_FromStringAndSize(self.door.data, nbytes))
         elif self.mode == IDLE:
             if self.held is None:
                 self.is_reading = True
                 try:
-                    self.read(self.lane.data, nbytes)
+                    self.read(self.door.data, nbytes)
                 finally:
                     self.is_reading = False
                 if self.held is None:
                     return
             else:
-                self.held += PyBytes_FromStringAndSize(self.lane.data, nbytes)
+                self.held += PyBytes_FromStringAndSize(self.door.data, nbytes)
             self.read_held()
         elif self.mode == BODY:
             self.filled += nbytes
             if self.filled == self.body_bytes:
                 self.take_body()
         elif self.mode == ASIDE:
-            self.feed_aside(PyBytes_FromStringAndSize(self.lane.data, nbytes))
+            self.feed_aside(PyBytes_FromStringAndSize(self.door.data, nbytes))
         elif self.mode == RUNNING:
-            self.hold(PyBytes_FromStringAndSize(self.lane.data, nbytes))
+            self.hold(PyBytes_FromStringAndSize(self.door.data, nbytes))
 
     # Reading
 
@@ -438,14 +438,14 @@ cdef class Connection:
         cdef gw_head *head = &self.head
         cdef Py_ssize_t end
         cdef int verdict = gw_parse_head(data, n, head)
-        if verdict == GW_HEAD_MORE and self.lane.is_open:
+        if verdict == GW_HEAD_MORE and self.door.is_open:
             self.held = PyBytes_FromStringAndSize(data, n)
             return False
-        if (verdict == GW_HEAD_PLAIN and self.lane.is_open
-                and head.head_bytes <= self.lane.max_head_bytes):
+        if (verdict == GW_HEAD_PLAIN and self.door.is_open
+                and head.head_bytes <= self.door.max_head_bytes):
             self.route = self.find_route(data + head.target, head.target_len)
             if (self.route is not None and head.media != GW_MEDIA_OTHER
-                    and head.content_length <= self.lane.max_request_bytes):
+                    and head.content_length <= self.door.max_request_bytes):
                 self.request_id_len = 0
                 if head.request_id >= 0:
                     self.request_id_len = head.request_id_len
@@ -463,13 +463,13 @@ cdef class Connection:
 
     cdef Route find_route(self, const char *target, Py_ssize_t n):
         """The route of a target: the last request's, or one that is looked up."""
-        if (self.last_epoch == self.lane.epoch and self.last_target is not None
+        if (self.last_epoch == self.door.epoch and self.last_target is not None
                 and PyBytes_GET_SIZE(self.last_target) == n
                 and memcmp(PyBytes_AS_STRING(self.last_target), target, n) == 0):
             return self.last_route
-        route = self.lane.route(target, n)
+        route = self.door.route(target, n)
         self.last_target = PyBytes_FromStringAndSize(target, n)
-        self.last_route, self.last_epoch = route, self.lane.epoch
+        self.last_route, self.last_epoch = route, self.door.epoch
         self.last_text = self.last_template = None
         return route
 
@@ -484,7 +484,7 @@ cdef class Connection:
             while self.mode == IDLE and self.held is not None and not self.is_clogged:
                 if left == 0:
                     self.is_waiting = True
-                    self.lane.burst.call_soon(self.take_turn)
+                    self.door.burst.call_soon(self.take_turn)
                     return 0
                 left -= 1
                 data = self.held
@@ -516,10 +516,10 @@ cdef class Connection:
         self.mode = BODY
         self.route.intake.receiving += 1
         self.body_bytes = self.head.content_length
-        self.body = self.lane.take_buffer(self.body_bytes)
+        self.body = self.door.take_buffer(self.body_bytes)
         memcpy(PyByteArray_AS_STRING(self.body), data, n)
         self.filled = n
-        self.active_ns = self.lane.burst.now()
+        self.active_ns = self.door.burst.now()
         return 0
 
     cdef int take_body(self) except -1:
@@ -527,7 +527,7 @@ cdef class Connection:
         self.body = None
         self.route.intake.receiving -= 1
         self.submit(PyByteArray_AS_STRING(body), self.body_bytes)
-        self.lane.give_buffer(body)
+        self.door.give_buffer(body)
         return 0
 
     # Submitting
@@ -542,7 +542,7 @@ cdef class Connection:
         cdef PyObject *found
         cdef int64_t text_bytes = self.head.json_bytes
         self.mode = RUNNING
-        self.active_ns = self.lane.burst.now()
+        self.active_ns = self.door.burst.now()
         if (self.last_text is not None and text_bytes == PyBytes_GET_SIZE(self.last_text)
                 and text_bytes <= n and not self.is_msgpack()
                 and memcmp(PyBytes_AS_STRING(self.last_text), body, text_bytes) == 0):
@@ -565,7 +565,7 @@ cdef class Connection:
             split = Split(skeleton, [
                 (spans[i].begin, spans[i].end, spans[i].count, spans[i].kind)
                 for i in range(span_count)])
-        self.lane.serve(
+        self.door.serve(
             self, self.route, PyBytes_FromStringAndSize(body, n), self.head.json_bytes, self.head.media,
             split)
         return 0
@@ -643,19 +643,19 @@ cdef class Connection:
             if i < 0:
                 return False
             if i > 0:
-                self.lane.burst.is_alone = False
+                self.door.burst.is_alone = False
                 intake.in_flight += 1
                 request.connection = self
                 self.request = request
                 return True
-        self.lane.burst.is_alone = intake.in_flight == 0
+        self.door.burst.is_alone = intake.in_flight == 0
         try:
             route.dispatcher.check_room()
             route.dispatcher.admit(request)
         except Unreadable:
             return False
         except Exception as error:
-            self.lane.refuse(self, route, error, request.arrived_ns)
+            self.door.refuse(self, route, error, request.arrived_ns)
             return True
         request.connection = self
         self.request = request
@@ -678,7 +678,7 @@ cdef class Connection:
         if not memory.producer.append(slot.index, request.rows, request.due_ns):
             return 0
         enter(slot, request)
-        self.lane.burst.touch(memory.producer, request.template.raw_bytes)
+        self.door.burst.touch(memory.producer, request.template.raw_bytes)
         return 1
 
     # Answering
@@ -699,7 +699,7 @@ cdef class Connection:
             return
         cdef iovec[2] parts
         cdef const unsigned char[::1] view = body
-        parts[0].iov_base = self.lane.out
+        parts[0].iov_base = self.door.out
         parts[0].iov_len = self.put_head(head, view.shape[0], json_bytes)
         parts[1].iov_base = <void *>&view[0] if view.shape[0] else NULL
         parts[1].iov_len = view.shape[0]
@@ -716,7 +716,10 @@ cdef class Connection:
             return
         self.route = None
         self.mode = IDLE
-        self.active_ns = self.lane.burst.now()
+        self.active_ns = self.door.burst.now()
+        if not self.door.is_open:
+            self.transport.close()  # as its answer said
+            return
         if self.held is not None or self.is_paused:
             self.read_held()
         if self.is_half_closed and not self.is_reading and self.mode != RUNNING:
@@ -724,8 +727,8 @@ cdef class Connection:
                 self.transport.close()  # what is left of its last request will never come
 
     cdef Py_ssize_t put_head(self, bytes head, Py_ssize_t body_bytes, Py_ssize_t json_bytes) except -1:
-        """Write an answer's head to the lane's buffer; its bytes."""
-        cdef char *out = self.lane.out
+        """Write an answer's head to the door's buffer; its bytes."""
+        cdef char *out = self.door.out
         cdef char *to = out
         cdef Py_ssize_t n = PyBytes_GET_SIZE(head)
         if n > WHOLE_BYTES // 2:
@@ -739,10 +742,13 @@ cdef class Connection:
             memcpy(to, b"\r\nInference-Header-Content-Length: ", 35)
             to += 35
             to += gw_put_uint(to, json_bytes)
+        if not self.door.is_open:
+            memcpy(to, b"\r\nConnection: close", 19)
+            to += 19
         memcpy(to, b"\r\nDate: ", 8)
         to += 8
-        self.lane.burst.now()
-        memcpy(to, self.lane.burst.date, GW_DATE_CHARS)
+        self.door.burst.now()
+        memcpy(to, self.door.burst.date, GW_DATE_CHARS)
         to += GW_DATE_CHARS
         memcpy(to, b"\r\nx-request-id: ", 16)
         to += 16
@@ -750,7 +756,7 @@ cdef class Connection:
             memcpy(to, self.request_id, self.request_id_len)
             to += self.request_id_len
         else:
-            gw_request_id(to, self.lane.id_state)
+            gw_request_id(to, self.door.id_state)
             to += GW_REQUEST_ID_CHARS
         memcpy(to, b"\r\n\r\n", 4)
         return to + 4 - out
@@ -778,7 +784,7 @@ cdef class Connection:
                     text_bytes += len(<bytes?>texts[i])
         if json_bytes >= 0:
             json_bytes += id_bytes + text_bytes
-        parts[0].iov_base = self.lane.out
+        parts[0].iov_base = self.door.out
         parts[0].iov_len = self.put_head(t.head, t.body_bytes + text_bytes + id_bytes, json_bytes)
         for i in range(t.piece_count):
             p = &t.pieces[i]
@@ -798,7 +804,7 @@ cdef class Connection:
     cdef int send(self, iovec *parts, int count) except -1:
         """Send what the socket takes and give the transport a copy of the rest.
 
-        The first part lies at the begin of the lane's buffer. No view of any part outlives the call.
+        The first part lies at the begin of the door's buffer. No view of any part outlives the call.
         """
         cdef Py_ssize_t total = 0, sent = 0, taken
         cdef msghdr message
@@ -810,7 +816,7 @@ cdef class Connection:
         for i in range(count):
             total += parts[i].iov_len
         if total <= WHOLE_BYTES:
-            to = self.lane.out + parts[0].iov_len
+            to = self.door.out + parts[0].iov_len
             for i in range(1, count):
                 memcpy(to, parts[i].iov_base, parts[i].iov_len)
                 to += parts[i].iov_len
@@ -854,7 +860,7 @@ cdef class Connection:
         if self.request is not None:
             self.route.dispatcher.cancel(self.request)
             self.request = None
-        self.lane.abandoned(self.route, self.active_ns)
+        self.door.abandoned(self.route, self.active_ns)
         return 0
 
     # Stepping aside
@@ -863,7 +869,7 @@ cdef class Connection:
         self.mode = ASIDE
         self.has_backlog = True
         if self.aside is None:
-            self.aside = self.lane.step_aside(self)
+            self.aside = self.door.step_aside(self)
         self.feed_aside(self.aside.begin(data))
         return 0
 
@@ -877,13 +883,18 @@ cdef class Connection:
         """aiohttp has answered, and read its request to the end: the next one's turn."""
         if self.mode == ASIDE:
             self.mode = IDLE
-            self.active_ns = self.lane.burst.now()
+            self.active_ns = self.door.burst.now()
             self.read_held()
 
     @property
     def is_busy(self):
         """A request of the fast lane is arriving or in flight."""
         return self.mode == BODY or self.mode == RUNNING
+
+    @property
+    def is_sending(self):
+        """An answer has not been taken by the socket whole."""
+        return self.has_backlog and self.transport is not None and self.buffered() != 0
 
     @property
     def is_aside(self):

@@ -104,9 +104,9 @@ cdef class Route:
     Args:
         version: the version that answers (`serving.routes.Version`).
         dispatcher: its dispatcher.
-        exchange: how the general parsers are called, for `Lane.serve`.
+        exchange: how the general parsers are called, for `Door.serve`.
         counters: where answers are counted.
-        heads: heads of answers, by media type, for `Lane.serve`.
+        heads: heads of answers, by media type, for `Door.serve`.
         max_templates: skeletons that are remembered.
     """
 

@@ -21,7 +21,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from gateway.errors import Unavailable
 from gateway.frontend.answers import DRAINING, answering
-from gateway.frontend.datalane import DataLane
+from gateway.frontend.frontdoor import FrontDoor
 from gateway.frontend.health import HealthHandlers
 from gateway.frontend.inference import Inference
 from gateway.frontend.link import DRAIN_LOOK_S, SupervisorLink
@@ -67,7 +67,7 @@ class Frontend:
         metrics_app = self._application()
         health.add_metrics_to(metrics_app)
         runner = await self._runner(app)
-        lane = DataLane(
+        door = FrontDoor(
             routes,
             _server_of(runner),
             self._handler_options(),
@@ -82,13 +82,13 @@ class Frontend:
             options.drain_timeout_s,
             self._drain,
             self._orphaned,
-            lane.forget_routes,
-            lane.burst,
+            door.forget_routes,
+            door.burst,
         )
         link.start()
         await link.told.wait()
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(lane.connect, sock=data, backlog=BACKLOG)
+        self._listener = await loop.create_server(door.connect, sock=data, backlog=BACKLOG)
         metrics_runner = await self._runner(metrics_app)
         await web.SockSite(metrics_runner, metrics_socket, backlog=BACKLOG).start()
         runners = [runner, metrics_runner]
@@ -97,11 +97,11 @@ class Frontend:
         self._channel.send("serving")
         await self._stop.wait()
         self._draining.set()
-        lane.is_open = False  # aiohttp says in its answers that the connection ends
+        door.is_open = False  # aiohttp says in its answers that the connection ends
         await asyncio.sleep(self._pause_s)
         with suppress(TimeoutError):
             async with asyncio.timeout(options.drain_timeout_s):
-                await self._finish(routes, lane, runners)
+                await self._finish(routes, door, runners)
                 return
         for version in routes.versions():
             if version.dispatcher is not None:
@@ -111,7 +111,7 @@ class Frontend:
                 await _close(runners)
 
     async def _finish(
-        self, routes: RouteTable, lane: DataLane, runners: list[web.AppRunner]
+        self, routes: RouteTable, door: FrontDoor, runners: list[web.AppRunner]
     ) -> None:
         """Close the data port's listener, let what is in flight end, then close everything."""
         self._listener.close()
@@ -119,7 +119,9 @@ class Frontend:
         # request would lose the rest of its body.
         while routes.in_flight():  # noqa: ASYNC110  (a request's end should not cost a question)
             await asyncio.sleep(DRAIN_LOOK_S)
-        lane.close_idle()
+        door.close_idle()
+        while door.is_sending:  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_LOOK_S)
         await _close(runners)  # which waits for answers that are still read
 
     def _application(self) -> web.Application:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from gateway._kernels.fastlane import Connection
-from gateway.frontend.datalane import DataLane
+from gateway.frontend.frontdoor import FrontDoor
 from gateway.frontend.inference import CLIENT_GONE
 from gateway.serving.options import FrontendOptions
 from gateway.serving.request import State
@@ -112,7 +112,7 @@ class Client:
         self._end.setblocking(False)
         self._ends = server, self._end
         self.transport = Transport(server)
-        self.connection = Connection(front.lane)
+        self.connection = Connection(front.door)
         self.connection.connection_made(self.transport)
         self._heard = b""
 
@@ -183,7 +183,7 @@ class Client:
             end.close()
 
 
-class CountingLane(DataLane):
+class CountingDoor(FrontDoor):
     """Counts what the kernel could not place by itself."""
 
     served = 0
@@ -203,7 +203,7 @@ class Front:
             "m", 1, bench.metrics, VersionState.READY, "", bench.signature, bench.dispatcher
         )
         self.table.models, self.table.routes = {"m": {1: self.version}}, {"m": 1}
-        self.lane = CountingLane(self.table, None, {}, OPTIONS)  # nothing is for aiohttp here
+        self.door = CountingDoor(self.table, None, {}, OPTIONS)  # nothing is for aiohttp here
 
     def connect(self) -> Client:
         client = Client(self)
@@ -225,11 +225,11 @@ class Front:
                 client.send(request)
                 self.run()
                 assert client.answer()[0] == 200
-            served = self.lane.served
+            served = self.door.served
             client.send(request)
             self.run()
             assert client.answer()[0] == 200
-            assert self.lane.served == served
+            assert self.door.served == served
         client.leave()
 
     def in_flight(self) -> int:
@@ -315,9 +315,9 @@ def test_what_was_learned_and_what_was_not_share_a_batch(make_front):
     front.learn(ask(1))
     first, second = front.connect(), front.connect()
     first.send(ask(3))
-    served = front.lane.served
+    served = front.door.served
     second.send(ask(4, extra="new"))
-    assert front.lane.served == served + 1
+    assert front.door.served == served + 1
     assert front.run() == [2]
     assert (first.rows(), second.rows()) == (doubled(3), doubled(4))
 
@@ -624,7 +624,7 @@ def test_a_version_that_goes_answers_everybody(make_front):
     for client in [*clients, uploading]:
         assert "unloaded" in client.error(503)
     assert front.in_flight() == 0
-    front.lane.forget_routes()
+    front.door.forget_routes()
 
 
 # What a template does not cover
@@ -692,7 +692,7 @@ def test_another_target_on_the_same_connection_is_another_route(make_front):
         status, headers, _ = client.answer()
         assert (status, headers["x-model-version"]) == (200, version)
     front.table.routes["m"] = 2
-    front.lane.forget_routes()
+    front.door.forget_routes()
     client.send(ask(1))
     front.run()
     assert client.answer()[1]["x-model-version"] == "2"

@@ -337,7 +337,7 @@ class Pair:
                 stack.callback(bench.close)
                 fronts.append(Front(bench, stack, loop))
         self.learning, self.other = fronts
-        self.other.lane._is_worth_learning = lambda _split: False
+        self.other.door._is_worth_learning = lambda _split: False
         self.known = 0
 
     def answer(self, front: Front, client: Client, request: bytes) -> tuple:
@@ -356,9 +356,9 @@ class Pair:
         """The same answers to the same requests, one after the other on one connection."""
         clients = [front.connect() for front in (self.learning, self.other)]
         for request in requests:
-            served = self.learning.lane.served
+            served = self.learning.door.served
             fast = self.answer(self.learning, clients[0], request)
-            self.known += self.learning.lane.served == served
+            self.known += self.learning.door.served == served
             assert fast == self.answer(self.other, clients[1], request)
         for client in clients:
             client.leave()

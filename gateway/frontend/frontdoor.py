@@ -69,7 +69,7 @@ _INFER = re.compile(r"/v2/models/([^/]+)(?:/versions/([^/]+))?/infer")
 _PREDICT = re.compile(r"/v1/models/([^/:]+)(?:/versions/([^/:]+)|/labels/([^/:]+))?:predict")
 
 
-class DataLane(fastlane.Lane):
+class FrontDoor(fastlane.Door):
     """What the connections of the data port share.
 
     Args:
@@ -127,12 +127,18 @@ class DataLane(fastlane.Lane):
             if not connection.is_aside and not connection.is_busy:
                 connection.transport.close()
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether a connection that aiohttp does not have is still there: its answer is being read."""
+        return any(not connection.is_aside for connection in self._connections)
+
     def _sweep(self) -> None:
         """Close connections that have been idle for too long. Runs while there are connections."""
         self._sweeper = None
         oldest_ns = monotonic_ns() - self._keepalive_ns
         for connection in list(self._connections):
-            if connection.active_ns < oldest_ns and not (connection.is_aside or connection.is_busy):
+            is_idle = not (connection.is_aside or connection.is_busy or connection.is_sending)
+            if is_idle and connection.active_ns < oldest_ns:
                 connection.transport.close()
         if self._connections:
             self._sweeper = self._loop.call_later(SWEEP_S, self._sweep)
@@ -284,14 +290,14 @@ class _Answering:
 
     def __init__(
         self,
-        lane: DataLane,
+        door: FrontDoor,
         connection: Connection,
         route: Route,
         call: InferCall,
         encode: Encode,
         arrived_ns: int,
     ) -> None:
-        self._lane, self._connection, self._route = lane, connection, route
+        self._door, self._connection, self._route = door, connection, route
         self._call, self._encode, self._arrived_ns = call, encode, arrived_ns
 
     def on_answer(self, outputs: list[OutputTensor], timing: Timing) -> None:
@@ -308,7 +314,7 @@ class _Answering:
 
     def on_error(self, error: GatewayError) -> None:
         """It was not."""
-        self._lane.refuse(self._connection, self._route, error, self._arrived_ns)
+        self._door.refuse(self._connection, self._route, error, self._arrived_ns)
 
 
 def _v2(version: Version, media: int, json_bytes: int) -> Exchange:
