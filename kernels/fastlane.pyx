@@ -187,11 +187,21 @@ cdef class FastRequest(Request):
         self, const char *outputs, uint64_t started_ns, uint64_t finished_ns
     ) except -1:
         cdef Connection connection = self.connection
-        cdef uint64_t now_ns
         self.phase = ENDED
         self.route.intake.in_flight -= 1
         if connection is None:
             return True
+        try:
+            self.reply(outputs, started_ns, finished_ns)
+        except Exception as error:  # whatever it is, it is this client's alone
+            connection.door.broken(connection, error)
+        return True
+
+    cdef int reply(
+        self, const char *outputs, uint64_t started_ns, uint64_t finished_ns
+    ) except -1:
+        cdef Connection connection = self.connection
+        cdef uint64_t now_ns
         try:
             if self.template.encode is None:
                 connection.send_pieces(self, outputs)
@@ -199,14 +209,14 @@ cdef class FastRequest(Request):
                 self.encode(outputs)
         except Exception as error:
             connection.door.refuse(connection, self.route, error, self.arrived_ns)
-            return True
+            return 0
         now_ns = connection.door.burst.now()
         self.route.counters.count_answer(
             self.rows, now_ns - self.arrived_ns if now_ns > self.arrived_ns else 0,
             started_ns - self.arrived_ns if started_ns > self.arrived_ns else 0,
             finished_ns - started_ns if finished_ns > started_ns else 0)
         connection.finish()
-        return True
+        return 0
 
     cdef int encode(self, const char *outputs) except -1:
         cdef Template t = self.template
@@ -238,7 +248,8 @@ cdef class Door:
 
     Subclasses have ``resolve(target) -> Route | None``, ``serve(connection, route, body, json_bytes, media,
     split)``, ``refuse(connection, route, error, arrived_ns)``, ``step_aside(connection) -> Aside``,
-    ``opened(connection)``, ``closed(connection)`` and ``abandoned(route, arrived_ns)``.
+    ``opened(connection)``, ``closed(connection)``, ``broken(connection, error)`` and ``abandoned(route,
+    arrived_ns)``.
     """
 
     cdef readonly Burst burst
@@ -332,7 +343,7 @@ cdef class Connection:
     cdef gw_head head
     cdef Route route
     cdef object request  # in flight, of any kind
-    cdef object aside
+    cdef readonly object aside
     cdef bytes last_target  # of the request before, whose route and template the next one nearly always has
     cdef bytes last_text
     cdef Route last_route
@@ -474,11 +485,21 @@ cdef class Connection:
         return route
 
     cdef int read_held(self) except -1:
-        """Go on with what is held, for as long as nothing is in flight."""
-        cdef bytes data
-        cdef int left = TURN_REQUESTS
+        """Go on with what is held, for as long as nothing is in flight.
+
+        Raises nothing: whoever answered the last request has others to answer.
+        """
         if self.is_reading or self.is_waiting:  # an answer made at once: whoever reads goes on
             return 0
+        try:
+            return self.take_held()
+        except Exception as error:
+            self.door.broken(self, error)
+            return 0
+
+    cdef int take_held(self) except -1:
+        cdef bytes data
+        cdef int left = TURN_REQUESTS
         self.is_reading = True
         try:
             while self.mode == IDLE and self.held is not None and not self.is_clogged:
@@ -867,6 +888,7 @@ cdef class Connection:
 
     cdef int begin_aside(self, bytes data) except -1:
         self.mode = ASIDE
+        self.active_ns = self.door.burst.now()
         self.has_backlog = True
         if self.aside is None:
             self.aside = self.door.step_aside(self)

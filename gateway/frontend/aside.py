@@ -9,12 +9,15 @@ end only aiohttp knows (chunked, or framed in a way that is refused) keeps the c
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from typing import Any
 
 from aiohttp import web
 
 from gateway._kernels.fastlane import Connection
+
+log = logging.getLogger("gateway.frontend")
 
 MAX_HEAD_BYTES = 1 << 17
 """Of a head whose end is looked for; aiohttp's own limit, a setting, is below it."""
@@ -64,13 +67,26 @@ class Aside:
         if self._head is not None:
             self._find_end(self._head, data)
         if self._left is None:
-            self.handler.data_received(data)
+            self._give(data)
             return b""
         mine, rest = data[: self._left], data[self._left :]
         self._left -= len(mine)
-        self.handler.data_received(mine)
+        self._give(mine)
         self._leave()
         return rest
+
+    @property
+    def is_incomplete(self) -> bool:
+        """Whether not even the head of a message has come."""
+        return self._head is not None
+
+    def _give(self, data: bytes) -> None:
+        """Aiohttp's parser raises more than it says, for instance of a URL that it cannot take apart."""
+        try:
+            self.handler.data_received(data)
+        except Exception:
+            log.debug("aiohttp failed on a message", exc_info=True)  # quotes the client
+            self._connection.transport.abort()
 
     def answered(self, *, is_kept: bool) -> None:
         """Aiohttp has written the answer; ``is_kept``: and keeps the connection."""

@@ -121,6 +121,12 @@ class FrontDoor(fastlane.Door):
         """It is gone."""
         self._connections.discard(connection)
 
+    def broken(self, connection: Connection, error: Exception) -> None:
+        """Something raised while a connection was served: it ends, and nothing else does."""
+        log.error("a connection failed in a way of ours", exc_info=error)
+        if connection.transport is not None:
+            connection.transport.abort()
+
     def close_idle(self) -> None:
         """Close every connection that has nothing in flight; aiohttp closes its own."""
         for connection in list(self._connections):
@@ -137,7 +143,10 @@ class FrontDoor(fastlane.Door):
         self._sweeper = None
         oldest_ns = monotonic_ns() - self._keepalive_ns
         for connection in list(self._connections):
-            is_idle = not (connection.is_aside or connection.is_busy or connection.is_sending)
+            if connection.is_aside:
+                is_idle = connection.aside.is_incomplete
+            else:
+                is_idle = not (connection.is_busy or connection.is_sending)
             if is_idle and connection.active_ns < oldest_ns:
                 connection.transport.close()
         if self._connections:

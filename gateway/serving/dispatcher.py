@@ -186,14 +186,15 @@ class Dispatcher:
 
     def cancel(self, request: Submission) -> None:
         """The client is gone: the request never runs unless a worker has it already."""
-        if request.state is not State.ENDED:
+        if request.state is not State.ENDED and not self._is_closed:
             self._take_back(request)
             self._end(request)
             self._pump()
 
     def has_worker(self, request: Submission) -> bool:
         """Whether a worker has taken the request, so that it cannot be kept from running."""
-        return request.state is State.PLACED and not self._placement.is_unsealed(request)
+        is_placed = request.state is State.PLACED and not self._is_closed
+        return is_placed and not self._placement.is_unsealed(request)
 
     def expire(self, request: Submission) -> None:
         """Its time in the queue is over: answered now, unless a worker has it already."""
@@ -210,7 +211,8 @@ class Dispatcher:
         self.metrics.queue_depth(self.waiting() if self.intake.has_queue else 0)
 
     def fail_all(self, error: GatewayError) -> None:
-        """End every request: the version is gone."""
+        """End every request, and take no other: the version is gone."""
+        self.intake.is_open = False
         placed = [r for lane in self.lanes for slot in lane.slots for r in slot.requests]
         for request in [*self._queue, *placed]:
             if request.state is not State.ENDED:

@@ -627,6 +627,35 @@ def test_a_version_that_goes_answers_everybody(make_front):
     front.door.forget_routes()
 
 
+def test_a_version_that_goes_takes_nothing_that_was_pipelined(make_front):
+    front = make_front()
+    front.learn(ask(1))
+    clients = [front.connect() for _ in range(3)]
+    for client in clients:
+        client.send(ask(1) + ask(2))
+    front.bench.dispatcher.fail_all(front.version.refusal())
+    front.bench.dispatcher.close()
+    front.loop.turn()
+    for client in clients:
+        assert [status for status, *_ in client.answers()] == [503, 503]
+    assert front.in_flight() == 0
+
+
+def test_what_follows_a_request_cannot_keep_its_mates_answers_back(make_front, monkeypatch):
+    front = make_front()
+    front.learn(ask(1))
+    first, *others = [front.connect() for _ in range(3)]
+    monkeypatch.setattr(front.door, "step_aside", lambda _connection: 1 / 0)
+    first.send(ask(1) + b"GET / HTTP/1.1\r\n\r\n")
+    for client in others:
+        client.send(ask(2))
+    assert front.run() == [3]
+    assert first.rows() == doubled(1)
+    for client in others:
+        assert client.rows() == doubled(2)
+    assert front.in_flight() == 0
+
+
 # What a template does not cover
 
 BAD = [
