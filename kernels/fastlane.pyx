@@ -892,7 +892,8 @@ cdef class Connection:
         self.has_backlog = True
         if self.aside is None:
             self.aside = self.door.step_aside(self)
-        self.feed_aside(self.aside.begin(data))
+        self.aside.begin()
+        self.feed_aside(data)
         return 0
 
     cdef int feed_aside(self, bytes data) except -1:

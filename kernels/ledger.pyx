@@ -66,7 +66,7 @@ LAYOUT = {
     "requests": sizeof(gw_requests),
     "batches": sizeof(gw_batches),
 }
-"""Sizes in bytes, for the test that holds the twin's layout to this one."""
+"""Sizes in bytes, for whoever lays out a board, and the test that holds the twin's layout to this one."""
 
 
 # Finding a bucket

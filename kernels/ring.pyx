@@ -14,7 +14,7 @@ Nothing here allocates shared memory, opens a file descriptor or takes a time: c
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free
 from libc.string cimport memset
 
@@ -42,7 +42,7 @@ cdef extern from "atomics.h" nogil:
 
 cdef extern from "ring_layout.h" nogil:
     enum:
-        GW_MAGIC, GW_LAYOUT, GW_MAX_SLOTS, GW_BITMAP_WORDS, GW_LINE
+        GW_MAGIC, GW_LAYOUT, GW_MAX_SLOTS, GW_LINE
         GW_FREE, GW_OPEN, GW_EDIT, GW_SEALED, GW_DONE, GW_FAILED, GW_RETRY
         GW_RUNNING, GW_WAITING
     uint64_t GW_WORD(unsigned phase, unsigned owner, unsigned rows, uint32_t generation)

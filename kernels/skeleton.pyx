@@ -46,7 +46,7 @@ cdef extern from "numbers.h":
     const char* gw_read_number(const char* at, const char* end, gw_number* number) nogil
     double gw_to_double(const gw_number* number) nogil
     enum:
-        GW_REFUSED, GW_WHOLE, GW_REAL
+        GW_REFUSED, GW_REAL
     ctypedef struct gw_element:
         int kind
         int itemsize

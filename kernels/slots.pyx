@@ -144,7 +144,7 @@ cdef class Request:
         return STATES[self.phase]
 
     def move(self, state):
-        """The one way to change the state. RuntimeError on an illegal move."""
+        """Change the state. RuntimeError on an illegal move; kernels that know the move is legal just make it."""
         self.become(state.value)
 
     cdef int become(self, int phase) except -1:

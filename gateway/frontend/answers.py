@@ -45,10 +45,16 @@ def json_answer(document: Any, status: int = 200) -> web.Response:
 def error_answer(error: GatewayError) -> web.Response:
     """``{"error": …}``, its code in ``x-error-code``, and ``Retry-After`` where a retry may help."""
     answer = json_answer({"error": error.message}, error.status)
-    answer.headers["x-error-code"] = error.code
-    if error.retryable:
-        answer.headers["Retry-After"] = str(RETRY_AFTER_S)
+    answer.headers.update(error_headers(error))
     return answer
+
+
+def error_headers(error: GatewayError) -> dict[str, str]:
+    """What an error's answer has in its head, whichever lane writes it."""
+    headers = {"x-error-code": error.code}
+    if error.retryable:
+        headers["Retry-After"] = str(RETRY_AFTER_S)
+    return headers
 
 
 def _http_error_answer(error: web.HTTPException) -> web.StreamResponse:

@@ -57,10 +57,9 @@ class Aside:
         self._left: int | None = None  # bytes of the message to come; None: not known
         self._is_answered = False
 
-    def begin(self, data: bytes) -> bytes:
-        """A message begins with these bytes, which are then to be fed."""
+    def begin(self) -> None:
+        """What is fed next begins a message."""
         self._head, self._left, self._is_answered = b"", None, False
-        return data
 
     def feed(self, data: bytes) -> bytes:
         """Give aiohttp what of the data is the message's. Returns what lies behind it."""

@@ -21,7 +21,7 @@ from gateway._kernels.fastlane import Connection
 from gateway._kernels.templates import Route, Split, Template
 from gateway.clock import NS_PER_S, monotonic_ns
 from gateway.errors import GatewayError
-from gateway.frontend.answers import RETRY_AFTER_S, SERVER
+from gateway.frontend.answers import SERVER, error_headers
 from gateway.frontend.aside import Aside
 from gateway.frontend.exchanges import (
     JSON,
@@ -275,16 +275,7 @@ class FrontDoor(fastlane.Door):
             log.error("a request failed in a way of ours", exc_info=error)
             error = GatewayError("internal error")
         version: Version = route.version
-        lines = [
-            f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}",
-            f"Server: {SERVER}",
-            f"Content-Type: {JSON}",
-            f"x-error-code: {error.code}",
-            f"x-model-version: {version.number}",
-        ]
-        if error.retryable:
-            lines.append(f"Retry-After: {RETRY_AFTER_S}")
-        head = "\r\n".join([*lines, ""]).encode()
+        head = _head(error.status, version, JSON, error_headers(error))
         connection.respond(head, jsontext.dumps({"error": error.message}))
         version.metrics.failed(error.status, monotonic_ns() - arrived_ns)
         connection.finish()
@@ -337,9 +328,18 @@ def _predict(_media: int, _json_bytes: int) -> Exchange:
 def _heads(version: Version) -> dict[str, bytes]:
     """Heads of a version's answers, by media type."""
     return {
-        media_type: (
-            f"HTTP/1.1 200 OK\r\nServer: {SERVER}\r\nContent-Type: {media_type}\r\n"
-            f"x-model-version: {version.number}\r\n"
-        ).encode()
+        media_type: _head(HTTPStatus.OK, version, media_type, {})
         for media_type in (JSON, OCTETS, *MSGPACK_TYPES)
     }
+
+
+def _head(status: int, version: Version, media_type: str, headers: dict[str, str]) -> bytes:
+    """The begin of an answer's head; `Connection.respond` writes what follows from body and moment."""
+    fields = {
+        "Server": SERVER,
+        "Content-Type": media_type,
+        **headers,
+        "x-model-version": str(version.number),
+    }
+    lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
+    return f"HTTP/1.1 {status} {HTTPStatus(status).phrase}\r\n{''.join(lines)}".encode()

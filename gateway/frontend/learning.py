@@ -67,8 +67,7 @@ def template_of(
         InvalidRequest: the body cannot be tried out, which says nothing against it.
     """
     signature = dispatcher.signature
-    specs = (*signature.inputs, *signature.outputs)
-    if any(spec.datatype.numpy is None for spec in specs):
+    if any(spec.datatype.numpy is None for spec in (*signature.inputs, *signature.outputs)):
         return None
     fit = dispatcher.fit(call)
     placed = fit.key.shape.outputs
@@ -86,32 +85,27 @@ def template_of(
     if found is None:
         return None
     tensors = {tensor.name: tensor for tensor in call.inputs}
-    sources = []
-    for p in fit.key.shape.inputs:
-        source = _source(*found[p.spec.name], tensors[p.spec.name], split)
-        if source is None:
-            return None
-        sources.append((*source, p.offset, p.row_bytes))
+    sources = [
+        _source(*found[p.spec.name], tensors[p.spec.name], p, split) for p in fit.key.shape.inputs
+    ]
+    fitting = tuple(source for source in sources if source is not None)
+    if len(fitting) < len(sources):
+        return None
     marked, text_bytes = _mark(body, split, 1, json_bytes)
     again, encode = exchange_of(text_bytes).understand(marked, signature)
     again.inputs = []
     answer = _Answer(again, call.rows, encode, placed)
     pieces = answer.pieces()
     example = answer.example
-    tail_bytes = sum(
-        element_count(tensor.shape) * tensor.datatype.itemsize
-        for tensor in call.inputs
-        if found[tensor.name][0] == FROM_TAIL
-    )
     return Template(
         key=fit.key,
         rows=call.rows,
         level=fit.level,
         timeout_ns=fit.timeout_ns,
         slo_ns=fit.slo_ns,
-        tail_bytes=-1 if json_bytes < 0 else tail_bytes,
+        tail_bytes=-1 if json_bytes < 0 else len(body) - json_bytes,
         span_count=len(split.spans),
-        sources=tuple(sources),
+        sources=fitting,
         head=head_of[example.media_type],
         json_bytes=-1 if example.json_bytes is None else example.json_bytes - answer.text_bytes,
         pieces=pieces or (),
@@ -185,9 +179,9 @@ def _find_marks(
 
 
 def _source(
-    kind: int, span: int, at: int, tensor: InputTensor, split: Split
+    kind: int, span: int, at: int, tensor: InputTensor, placement: Placement, split: Split
 ) -> tuple[object, ...] | None:
-    """One of a template's sources, without its place; None where the span has another size."""
+    """One of a template's sources; None where the span has another size."""
     elements = element_count(tensor.shape)
     nbytes = elements * tensor.datatype.itemsize
     begin, end, count, _ = split.spans[span] if kind != FROM_TAIL else (0, nbytes, elements, 0)
@@ -196,7 +190,8 @@ def _source(
     ):
         return None
     dims = tensor.shape if tensor.strict else None
-    return kind, span, at, nbytes, tensor.datatype.index, elements, dims
+    place = placement.offset, placement.row_bytes
+    return kind, span, at, nbytes, tensor.datatype.index, elements, dims, *place
 
 
 def _nbytes(placement: Placement, rows: int) -> int:

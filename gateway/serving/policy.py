@@ -29,7 +29,7 @@ FLAT = 0.25
 it a run that is longer by what was held makes the next one longer as well, and later rows pay for it."""
 
 COPY_NS = 15_000
-"""What it takes to copy a fragment to the memory of a packed run and its outputs back, by measurement."""
+"""What it takes to copy a fragment to the memory of a packed run and its outputs back: an estimate."""
 
 COPY_NS_PER_BYTE = 0.25
 """And for each byte of it."""

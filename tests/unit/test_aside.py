@@ -124,7 +124,8 @@ def passed(loop: Loop) -> None:
 def fed(turn: Aside, *pieces: bytes) -> bytes:
     """Give it a message in pieces; what it gave back."""
     first, *others = pieces
-    return b"".join([turn.feed(turn.begin(first)), *map(turn.feed, others)])
+    turn.begin()
+    return b"".join(map(turn.feed, [first, *others]))
 
 
 BODY = head("Content-Length: 4") + b"body"
