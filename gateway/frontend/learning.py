@@ -29,7 +29,7 @@ from gateway._kernels.templates import (
 from gateway.frontend.exchanges import MSGPACK_TYPES, Encode, Encoded, Exchange
 from gateway.protocols.call import InferCall, InputTensor, OutputTensor
 from gateway.protocols.jsontext import dumps_tensors, tensor_data
-from gateway.serving.dispatcher import Dispatcher
+from gateway.serving.dispatcher import Dispatcher, Fit
 from gateway.serving.geometry import Placement
 from gateway.tensors import DataType, element_count
 
@@ -66,17 +66,10 @@ def template_of(
     Raises:
         InvalidRequest: the body cannot be tried out, which says nothing against it.
     """
-    signature = dispatcher.signature
-    if any(spec.datatype.numpy is None for spec in (*signature.inputs, *signature.outputs)):
+    fit = _fit(call, body, split, json_bytes, dispatcher)
+    if fit is None:
         return None
-    fit = dispatcher.fit(call)
-    placed = fit.key.shape.outputs
-    ids = [body[b:e] for b, e, _, kind in split.spans if kind == ID]
-    if placed is None or fit.is_padded or ids != ([call.id.encode()] if call.id else []):
-        return None
-    text = len(body) if json_bytes < 0 else json_bytes
-    if max(text, sum(_nbytes(p, call.rows) for p in placed)) > MAX_TRIED_BYTES:
-        return None
+    signature, placed = dispatcher.signature, fit.key.shape.outputs
 
     def understand(marked: bytes, text_bytes: int) -> InferCall:
         return exchange_of(text_bytes).understand(marked, signature)[0]
@@ -112,6 +105,24 @@ def template_of(
         encode=None if pieces else answer.encode,
         outputs=tuple((p.offset, p.row_bytes, _nbytes(p, call.rows)) for p in placed),
     )
+
+
+def _fit(
+    call: InferCall, body: bytes, split: Split, json_bytes: int, dispatcher: Dispatcher
+) -> Fit | None:
+    """What the call has in common with those like it; None where a template could not serve them."""
+    signature = dispatcher.signature
+    if any(spec.datatype.numpy is None for spec in (*signature.inputs, *signature.outputs)):
+        return None
+    fit = dispatcher.fit(call)
+    placed = fit.key.shape.outputs
+    ids = [body[b:e] for b, e, _, kind in split.spans if kind == ID]
+    if placed is None or fit.is_padded or ids != ([call.id.encode()] if call.id else []):
+        return None
+    text = len(body) if json_bytes < 0 else json_bytes
+    if max(text, sum(_nbytes(p, call.rows) for p in placed)) > MAX_TRIED_BYTES:
+        return None
+    return fit
 
 
 def _sources(
