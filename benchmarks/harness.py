@@ -56,7 +56,7 @@ class Gateway:
     def __init__(self, repository: Path, *flags: str) -> None:
         self._command = [
             sys.executable, "-m", "gateway", "serve", "--model-repository", str(repository),
-            "--port", "0", "--metrics-port", "0", *flags,
+            "--port", "0", "--metrics-port", "0", "--admin-port", "0", *flags,
         ]  # fmt: skip
         self.lines: list[str] = []
         self.host, self.port = "", 0

@@ -55,7 +55,7 @@ def start(noise: Noise) -> dict[str, float]:
     process = subprocess.Popen(
         [
             sys.executable, "-m", "gateway", "serve", "--model-repository", str(REPOSITORY),
-            "--port", str(port), "--metrics-port", "0",
+            "--port", str(port), "--metrics-port", "0", "--admin-port", "0",
         ],
         cwd=ROOT,
         stderr=subprocess.DEVNULL,

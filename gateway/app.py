@@ -9,10 +9,14 @@ from contextlib import ExitStack
 
 import uvloop
 
+from gateway.admin.server import AdminServer
 from gateway.control import repository
 from gateway.control.supervisor import Supervisor
 from gateway.errors import ConfigurationError
+from gateway.security.origin import is_loopback
 from gateway.settings import ServerSettings
+from gateway.store.place import state_of
+from gateway.store.store import AsyncStore, Store
 from gateway.telemetry import logs
 
 BACKLOG = 1024
@@ -39,11 +43,40 @@ def serve(settings: ServerSettings) -> None:
         while len(data) < settings.frontends:
             data.append(stack.enter_context(_listen_beside(data[0])))
         metrics = stack.enter_context(_listen(settings.host, settings.metrics_port, "metrics_port"))
+        admin = stack.enter_context(_listen(settings.admin_host, settings.admin_port, "admin_port"))
+        place = stack.enter_context(state_of(settings))
+        store = Store(place.url)
+        store.open()
+        stack.callback(store.close)
+        _check_keys(settings, store)
+        secret = store.secret(place.folder)
 
         async def run() -> None:
-            await Supervisor(settings, models, data, metrics).run()
+            supervisor = Supervisor(
+                settings, models, data, metrics, admin, AsyncStore(store), secret
+            )
+            port = AdminServer(supervisor.plane, settings)
+            await port.start(admin)
+            try:
+                await supervisor.run()
+            finally:
+                await port.stop()
 
         uvloop.run(run())
+
+
+def _check_keys(settings: ServerSettings, store: Store) -> None:
+    """ConfigurationError where others could reach the admin port and nobody needs a key."""
+    if not is_loopback(settings.admin_host) and not store.keys():
+        raise ConfigurationError(
+            f"admin_host: the admin port on {settings.admin_host} needs an API key: "
+            "make one first with: gateway keys create NAME --role admin --model-repository DIR"
+        )
+    if settings.data_keys and not store.keys():
+        raise ConfigurationError(
+            "data_keys: there is no API key that requests could bring: "
+            "make one first with: gateway keys create NAME --role infer --model-repository DIR"
+        )
 
 
 def check_runtime() -> None:

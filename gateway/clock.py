@@ -17,6 +17,11 @@ NS_PER_S = 1_000_000_000
 monotonic_ns: Callable[[], int] = time.monotonic_ns
 
 
+def wall_s() -> float:
+    """Seconds since the epoch, for what people read or what outlives a boot."""
+    return time.time()
+
+
 def wall_ms() -> int:
     """Milliseconds since the epoch, for statistics that people read."""
     return time.time_ns() // NS_PER_MS

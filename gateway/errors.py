@@ -37,11 +37,32 @@ class NotFound(GatewayError):
     code = "not_found"
 
 
+class Unauthorized(GatewayError):
+    """No key, or one that is not known, expired or revoked; answered with ``WWW-Authenticate``."""
+
+    status = 401
+    code = "unauthorized"
+
+
 class Forbidden(GatewayError):
     """The caller may not do this here."""
 
     status = 403
     code = "forbidden"
+
+
+class Conflict(GatewayError):
+    """What is there already contradicts the request: other content, a rollout that runs, a state."""
+
+    status = 409
+    code = "conflict"
+
+
+class PreconditionFailed(GatewayError):
+    """``If-Match`` names another revision than the resource has now: read it again."""
+
+    status = 412
+    code = "precondition_failed"
 
 
 class TooLarge(GatewayError):
@@ -56,6 +77,13 @@ class UnsupportedMediaType(GatewayError):
 
     status = 415
     code = "unsupported_media_type"
+
+
+class PreconditionRequired(GatewayError):
+    """A change of something that exists needs ``If-Match`` with the revision that it was decided on."""
+
+    status = 428
+    code = "precondition_required"
 
 
 class QueueFull(GatewayError):

@@ -6,6 +6,9 @@ skeleton was understood before, written straight into the open slot that its row
 object, task or future is made, and nothing is parsed twice but numbers. Its answer is written from the
 slot's memory to the socket when the worker has completed it.
 
+Where a model's requests are shared out among versions, a target has no route but a *fork*, which Python is
+asked for each request's route; a connection then tells of the head that it is reading.
+
 What is not for this file goes elsewhere, and says why it is right: a body with a new skeleton to the
 general parsers (`frontend.frontdoor`), which also teach the skeleton; a request that is unusual in any way to
 aiohttp (`frontend.aside`), on the same connection and in its turn; a full slot, a queue, a deadline to
@@ -27,7 +30,7 @@ from cpython.dict cimport PyDict_GetItem
 from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int32_t, int64_t, uint64_t
-from libc.string cimport memcmp, memcpy
+from libc.string cimport memchr, memcmp, memcpy
 
 from gateway._kernels.burst cimport Burst
 from gateway._kernels.skeleton cimport (
@@ -244,16 +247,20 @@ cdef class Door:
         seed: 16 random bytes, for request ids.
         may_linger: there is a core to spare for waiting (`Burst`).
 
-    ``is_open`` is whether requests take the fast lane at all; otherwise all go to aiohttp.
+    ``is_open`` is whether requests take the fast lane at all; otherwise all go to aiohttp. ``is_guarded`` is
+    whether ``may`` is asked before a request is taken; what may not goes to aiohttp, which refuses it.
 
-    Subclasses have ``resolve(target) -> Route | None``, ``serve(connection, route, body, json_bytes, media,
-    split)``, ``refuse(connection, route, error, arrived_ns)``, ``step_aside(connection) -> Aside``,
-    ``opened(connection)``, ``closed(connection)``, ``broken(connection, error)`` and ``abandoned(route,
-    arrived_ns)``.
+    Subclasses have ``resolve(target) -> Route | Fork | None``, ``may(connection, route) -> bool``,
+    ``serve(connection, route, body, json_bytes, media, split)``, ``refuse(connection, route, error,
+    arrived_ns)``, ``step_aside(connection) -> Aside``, ``opened(connection)``, ``closed(connection)``,
+    ``broken(connection, error)`` and ``abandoned(route, arrived_ns)``. A fork is any object with
+    ``choose(connection) -> Route | None``, which is asked for each request of its target; during that call,
+    and during ``may``, the connection tells of the request's head.
     """
 
     cdef readonly Burst burst
     cdef public bint is_open
+    cdef public bint is_guarded
     cdef dict routes
     cdef uint64_t epoch  # of the routes
     cdef Py_ssize_t max_request_bytes
@@ -291,11 +298,12 @@ cdef class Door:
         self.routes.clear()
         self.epoch += 1
 
-    cdef Route route(self, const char *target, Py_ssize_t n):
+    cdef object route(self, const char *target, Py_ssize_t n):
+        """The route of a target, its fork, or None."""
         cdef bytes name = PyBytes_FromStringAndSize(target, n)
         cdef PyObject *found = PyDict_GetItem(self.routes, name)
         if found is not NULL:
-            return <Route>found
+            return <object>found
         route = self.resolve(name)
         if route is not None:
             self.routes[name] = route
@@ -315,6 +323,19 @@ cdef class Door:
         if self.pooled + size <= POOL_BYTES:
             self.pooled += size
             self.pool.setdefault(size, []).append(buffer)
+
+
+cdef inline bint is_lower(const char *text, const char *lower, Py_ssize_t n) noexcept nogil:
+    """Whether a text is the other one but for the case of its letters."""
+    cdef Py_ssize_t i
+    cdef char c
+    for i in range(n):
+        c = text[i]
+        if c"A" <= c <= c"Z":
+            c += 32
+        if c != lower[i]:
+            return False
+    return True
 
 
 cdef class Connection:
@@ -341,11 +362,13 @@ cdef class Connection:
     cdef Py_ssize_t body_bytes
     cdef Py_ssize_t filled
     cdef gw_head head
+    cdef const char *head_data  # where `head` was parsed, while Python may ask about it; else NULL
     cdef Route route
     cdef object request  # in flight, of any kind
     cdef readonly object aside
     cdef bytes last_target  # of the request before, whose route and template the next one nearly always has
     cdef bytes last_text
+    cdef object last_fork  # of the target, where it has one
     cdef Route last_route
     cdef Template last_template
     cdef uint64_t last_epoch
@@ -454,9 +477,10 @@ cdef class Connection:
             return False
         if (verdict == GW_HEAD_PLAIN and self.door.is_open
                 and head.head_bytes <= self.door.max_head_bytes):
-            self.route = self.find_route(data + head.target, head.target_len)
+            self.route = self.find_route(data)
             if (self.route is not None and head.media != GW_MEDIA_OTHER
-                    and head.content_length <= self.door.max_request_bytes):
+                    and head.content_length <= self.door.max_request_bytes
+                    and (not self.door.is_guarded or self.may(data))):
                 self.request_id_len = 0
                 if head.request_id >= 0:
                     self.request_id_len = head.request_id_len
@@ -472,17 +496,80 @@ cdef class Connection:
         self.begin_aside(PyBytes_FromStringAndSize(data, n))
         return True
 
-    cdef Route find_route(self, const char *target, Py_ssize_t n):
-        """The route of a target: the last request's, or one that is looked up."""
-        if (self.last_epoch == self.door.epoch and self.last_target is not None
+    cdef Route find_route(self, const char *data):
+        """The route of the request whose head is at `data`: the last one's, or one that is looked up."""
+        cdef const char *target = data + self.head.target
+        cdef Py_ssize_t n = self.head.target_len
+        if not (self.last_epoch == self.door.epoch and self.last_target is not None
                 and PyBytes_GET_SIZE(self.last_target) == n
                 and memcmp(PyBytes_AS_STRING(self.last_target), target, n) == 0):
-            return self.last_route
-        route = self.door.route(target, n)
-        self.last_target = PyBytes_FromStringAndSize(target, n)
-        self.last_route, self.last_epoch = route, self.door.epoch
-        self.last_text = self.last_template = None
-        return route
+            found = self.door.route(target, n)
+            self.last_target = PyBytes_FromStringAndSize(target, n)
+            self.last_epoch = self.door.epoch
+            self.last_fork = None
+            if found is None or isinstance(found, Route):
+                self.enter_route(found)
+            else:
+                self.last_fork = found
+        if self.last_fork is not None:
+            self.choose(data)
+        return self.last_route
+
+    cdef int choose(self, const char *data) except -1:
+        """Have the target's fork choose the route of this request."""
+        self.head_data = data
+        try:
+            found = self.last_fork.choose(self)
+        finally:
+            self.head_data = NULL
+        if found is not self.last_route:
+            self.enter_route(found)
+        return 0
+
+    cdef int enter_route(self, Route route) except -1:
+        self.last_route = route
+        self.last_text = self.last_template = None  # another route's template writes to other slots
+        return 0
+
+    cdef bint may(self, const char *data) except -1:
+        """Whether the request whose head is at `data` may be answered."""
+        self.head_data = data
+        try:
+            return self.door.may(self, self.route)
+        finally:
+            self.head_data = NULL
+
+    def header(self, str name not None):
+        """The first value of a header of the request whose head is being read; None where it has none.
+
+        None at any other time, too: the bytes are gone then.
+
+        Args:
+            name: in lower case.
+        """
+        cdef bytes wanted = name.encode()
+        cdef Py_ssize_t n = PyBytes_GET_SIZE(wanted)
+        cdef const char *at
+        cdef const char *line_end
+        cdef const char *end
+        if self.head_data is NULL:
+            return None
+        at = self.head_data + self.head.target + self.head.target_len + len(b" HTTP/1.1\r\n")
+        end = self.head_data + self.head.head_bytes - len(b"\r\n")
+        while at < end:
+            line_end = <const char *>memchr(at, c"\r", end - at)  # the only ones are at the ends of lines
+            if line_end - at > n and at[n] == c":" and is_lower(at, PyBytes_AS_STRING(wanted), n):
+                # What is plain is ASCII: there is nothing else to decode.
+                return (at + n + 1)[:line_end - at - n - 1].decode("ascii").strip(" \t")
+            at = line_end + len(b"\r\n")
+        return None
+
+    def address(self):
+        """Of the client, as the transport has it; empty where it has none."""
+        peer = self.transport.get_extra_info("peername")
+        if isinstance(peer, (tuple, list)):
+            return str(peer[0])
+        return "" if peer is None else str(peer)
 
     cdef int read_held(self) except -1:
         """Go on with what is held, for as long as nothing is in flight.
@@ -569,7 +656,10 @@ cdef class Connection:
                 and memcmp(PyBytes_AS_STRING(self.last_text), body, text_bytes) == 0):
             if self.place(self.last_template, body, n, spans):
                 return 0
-        key_bytes = self.skeleton(body, n, key, spans, &span_count)
+        if self.route.shadow is not None:  # its inputs are to be kept, and its outputs
+            key_bytes = -1
+        else:
+            key_bytes = self.skeleton(body, n, key, spans, &span_count)
         if key_bytes >= 0:
             skeleton = PyBytes_FromStringAndSize(key, key_bytes)
             found = PyDict_GetItem(self.route.templates, skeleton)

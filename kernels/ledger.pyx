@@ -1,8 +1,8 @@
 """The ledger: counters and histograms in shared memory, which any process reads without asking another.
 
-It lies behind the seats of a version's board (ledger_layout.h): a section for each worker and each front
-end, with one writer at a time. So a counter takes a load, an addition and a store, none of them locked;
-what is written outlives its writer, whose successor in the seat counts on from there.
+It lies behind the seats of a version's board (ledger_layout.h): a section for each worker and two for
+each front end, with one writer at a time. So a counter takes a load, an addition and a store, none of them
+locked; what is written outlives its writer, whose successor in the seat counts on from there.
 
 A reader may come between two stores of one request, and sees every number grow, but not all at once. Any
 worker can scribble on all of it: a number that was read is a number, and nothing more is believed of it.
@@ -29,10 +29,11 @@ cdef extern from "atomics.h" nogil:
 cdef extern from "ledger_layout.h" nogil:
     enum:
         GW_LEDGER_MAGIC, GW_LEDGER_LAYOUT, GW_DURATION_BOUNDS, GW_ROW_BOUNDS, GW_CODES, GW_EXACT_ROWS
-        GW_FIRST_COUNTER
+        GW_FIRST_COUNTER, GW_SKETCH, GW_SKETCH_FIRST_BIT, GW_SKETCH_OCTAVES, GW_SKETCH_STEP_BITS
+        GW_ROW_CLASSES
     const uint64_t gw_duration_bounds_ns[16]
     const uint64_t gw_row_bounds[10]
-    const int gw_codes[17]
+    const int gw_codes[21]
     ctypedef struct gw_runs:
         uint64_t count, ns
     ctypedef struct gw_batches:
@@ -42,6 +43,7 @@ cdef extern from "ledger_layout.h" nogil:
         uint64_t row_buckets[11]
         uint64_t run_buckets[17]
         gw_runs by_rows[1026]
+        uint64_t compute[9][832]
 
 cdef extern from * nogil:
     int __builtin_clzll(unsigned long long value)
@@ -59,6 +61,16 @@ ROW_BOUNDS = tuple([gw_row_bounds[i] for i in range(GW_ROW_BOUNDS)])
 
 EXACT_ROWS = GW_EXACT_ROWS
 """In ``by_rows`` the number after this one stands for all larger ones."""
+
+SKETCH_BOUNDS_NS = tuple([
+    (steps + 1) << (octave + GW_SKETCH_FIRST_BIT - GW_SKETCH_STEP_BITS)
+    for octave in range(GW_SKETCH_OCTAVES)
+    for steps in range(1 << GW_SKETCH_STEP_BITS, 2 << GW_SKETCH_STEP_BITS)
+])
+"""Where each bucket of a sketch ends and the next begins; the last one has no end."""
+
+ROW_CLASSES = (*ROW_BOUNDS[:GW_ROW_CLASSES - 1], 0)
+"""The most rows of each class that runs are sketched by; 0: no end."""
 
 LAYOUT = {
     "magic": GW_LEDGER_MAGIC,
@@ -98,6 +110,24 @@ cdef inline Py_ssize_t bucket(const Buckets *buckets, uint64_t value) noexcept n
     """Where a value belongs: numbers of equal length in bits have at most one bound among them."""
     cdef Py_ssize_t i = buckets.first[64 - __builtin_clzll(value) if value else 0]
     return i + (value > buckets.bounds[i])
+
+
+cdef inline Py_ssize_t sketch_cell(uint64_t ns) noexcept nogil:
+    """See `sketch_bucket`."""
+    cdef int octave
+    if ns < <uint64_t>1 << GW_SKETCH_FIRST_BIT:
+        return 0
+    octave = 63 - __builtin_clzll(ns) - GW_SKETCH_FIRST_BIT
+    if octave >= GW_SKETCH_OCTAVES:
+        return GW_SKETCH - 1
+    # What is left of ns begins with its highest bit, which stands for the octave before.
+    return ((octave - 1) << GW_SKETCH_STEP_BITS) + <Py_ssize_t>(
+        ns >> (octave + GW_SKETCH_FIRST_BIT - GW_SKETCH_STEP_BITS))
+
+
+def sketch_bucket(uint64_t ns):
+    """The bucket of a sketch that a duration falls into."""
+    return sketch_cell(ns)
 
 
 # Memory
@@ -150,14 +180,14 @@ def ledger_bytes(Py_ssize_t frontends, Py_ssize_t workers):
     """Bytes of the ledger of a version. ValueError unless there is at least one of each."""
     check_number("front ends", frontends, 1)
     check_number("workers", workers, 1)
-    return workers * <Py_ssize_t>sizeof(gw_batches) + frontends * <Py_ssize_t>sizeof(gw_requests)
+    return workers * <Py_ssize_t>sizeof(gw_batches) + 2 * frontends * <Py_ssize_t>sizeof(gw_requests)
 
 
 # Writers
 
 @cython.final
 cdef class RequestCounters:
-    """One front end's section. A successor takes it over: counters go on, gauges begin at 0.
+    """A section of a front end's. A successor takes it over: counters go on, gauges begin at 0.
 
     Not thread-safe: it belongs to the front end's event loop.
 
@@ -165,17 +195,17 @@ cdef class RequestCounters:
         board: writable buffer; held for as long as this lives.
         offset: where the ledger begins in it, in bytes.
         workers: sections of workers, which come first.
-        index: the front end's own, from 0. ValueError where the board has no room for it.
+        index: of the section, from 0: the front end's own, or with the number of front ends added its
+            slice's. ValueError where the board has no room for it.
     """
 
     def __cinit__(self, board, Py_ssize_t offset, Py_ssize_t workers, Py_ssize_t index):
         check_number("workers", workers, 1)
-        check_number("the front end's index", index, 0)
+        check_number("the section's index", index, 0)
         self.memory = _Memory(board, PyBUF_SIMPLE | PyBUF_WRITABLE)
         offset += workers * <Py_ssize_t>sizeof(gw_batches) + index * <Py_ssize_t>sizeof(gw_requests)
         self.section = <gw_requests *>self.memory.at(offset, sizeof(gw_requests))
         take_over(&self.section.magic, sizeof(gw_requests))
-        self.set_in_flight(0)
         self.set_waiting(0)
 
     cdef void count_answer(self, uint64_t rows, uint64_t total_ns, uint64_t queue_ns,
@@ -192,6 +222,7 @@ cdef class RequestCounters:
         add(&s.compute_ns, compute_ns)
         add(&s.request_buckets[bucket(&duration_buckets, total_ns)], 1)
         add(&s.queue_buckets[bucket(&duration_buckets, queue_ns)], 1)
+        add(&s.latency[sketch_cell(total_ns)], 1)
 
     cdef void count_failure(self, int code, uint64_t total_ns) noexcept nogil:
         """See `failed`."""
@@ -202,9 +233,6 @@ cdef class RequestCounters:
         add(&s.codes[i], 1)
         add(&s.fail_ns, total_ns)
         add(&s.request_buckets[bucket(&duration_buckets, total_ns)], 1)
-
-    cdef void set_in_flight(self, uint64_t requests) noexcept nogil:
-        gw_poke64(&self.section.in_flight, requests)
 
     cdef void set_waiting(self, uint64_t requests) noexcept nogil:
         gw_poke64(&self.section.waiting, requests)
@@ -224,22 +252,29 @@ cdef class RequestCounters:
         """Count a request that ended with an HTTP status other than 200."""
         self.count_failure(code, total_ns)
 
+    def compared(self, bint agrees):
+        """Count a copy whose outputs were compared with those of the request that it is a copy of."""
+        add(&self.section.compared, 1)
+        add(&self.section.agreed, agrees)
+
+    def shadow_dropped(self):
+        """Count a copy that was not sent, as too many were on their way."""
+        add(&self.section.shadow_dropped, 1)
+
+    def shadow_failed(self):
+        """Count a copy that ended with an error."""
+        add(&self.section.shadow_failed, 1)
+
     def absorb(self, RequestCounters other not None):
         """Add what another section has counted, which is then not to be read any more."""
         cdef uint64_t *mine = <uint64_t *>self.section
         cdef uint64_t *theirs = <uint64_t *>other.section
+        cdef uint64_t more
         cdef size_t i
         for i in range(GW_FIRST_COUNTER, sizeof(gw_requests) // 8):
-            add(&mine[i], gw_peek64(&theirs[i]))
-
-    @property
-    def in_flight(self):
-        """Gauge: requests that have begun and have no answer yet."""
-        return gw_peek64(&self.section.in_flight)
-
-    @in_flight.setter
-    def in_flight(self, uint64_t requests):
-        self.set_in_flight(requests)
+            more = gw_peek64(&theirs[i])
+            if more:  # a page where nothing was counted stays untouched
+                add(&mine[i], more)
 
     @property
     def waiting(self):
@@ -290,16 +325,18 @@ cdef class BatchCounters:
         """
         cdef gw_batches *s = self.section
         cdef uint64_t place = rows if rows <= GW_EXACT_ROWS else MORE_ROWS
+        cdef Py_ssize_t row_bucket = bucket(&row_buckets, rows)
         if place > gw_peek64(&s.most_rows):
             gw_poke64(&s.most_rows, place)
         add(&s.rows, rows)
         add(&s.run_ns, run_ns)
         add(&s.copied_rows, copied_rows)
         add(&s.held_ns, held_ns)
-        add(&s.row_buckets[bucket(&row_buckets, rows)], 1)
+        add(&s.row_buckets[row_bucket], 1)
         add(&s.run_buckets[bucket(&duration_buckets, run_ns)], 1)
         add(&s.by_rows[place].count, 1)
         add(&s.by_rows[place].ns, run_ns)
+        add(&s.compute[min(row_bucket, GW_ROW_CLASSES - 1)][sketch_cell(run_ns)], 1)
 
 
 # The reader
@@ -311,7 +348,6 @@ cdef tuple numbers(const uint64_t *cells, Py_ssize_t count):
 
 cdef dict read_requests(const gw_requests *s):
     return {
-        "in_flight": gw_peek64(&s.in_flight),
         "waiting": gw_peek64(&s.waiting),
         "last_inference_ms": gw_peek64(&s.last_inference_ms),
         "codes": numbers(s.codes, GW_CODES),
@@ -320,6 +356,10 @@ cdef dict read_requests(const gw_requests *s):
         "fail_ns": gw_peek64(&s.fail_ns),
         "queue_ns": gw_peek64(&s.queue_ns),
         "compute_ns": gw_peek64(&s.compute_ns),
+        "compared": gw_peek64(&s.compared),
+        "agreed": gw_peek64(&s.agreed),
+        "shadow_dropped": gw_peek64(&s.shadow_dropped),
+        "shadow_failed": gw_peek64(&s.shadow_failed),
         "request_buckets": numbers(s.request_buckets, GW_DURATION_BOUNDS + 1),
         "queue_buckets": numbers(s.queue_buckets, GW_DURATION_BOUNDS + 1),
     }
@@ -350,17 +390,75 @@ def read(board, Py_ssize_t offset, Py_ssize_t frontends, Py_ssize_t workers):
     Args:
         board: readable buffer.
         offset: where the ledger begins in it, in bytes.
-        frontends: sections of front ends.
+        frontends: how many there are, with two sections each.
         workers: sections of workers.
 
     Returns:
-        (of each front end a dict, of each worker a dict), their keys the names in ledger_layout.h, their
-        values unsigned numbers of 64 bits or tuples of them; ``by_rows`` maps rows to (count, ns).
+        (of each front end a dict, then of each one's slice; of each worker a dict), their keys the names in
+        ledger_layout.h, their values unsigned numbers of 64 bits or tuples of them; ``by_rows`` maps rows
+        to (count, ns). Sketches are left out.
     """
     cdef _Memory memory = _Memory(board, PyBUF_SIMPLE)
     cdef char *base = memory.at(offset, ledger_bytes(frontends, workers))
     cdef gw_batches *batches = <gw_batches *>base
     cdef gw_requests *requests = <gw_requests *>(base + workers * <Py_ssize_t>sizeof(gw_batches))
     cdef Py_ssize_t i
-    return ([read_requests(&requests[i]) for i in range(frontends)],
+    return ([read_requests(&requests[i]) for i in range(2 * frontends)],
             [read_batches(&batches[i]) for i in range(workers)])
+
+
+cdef void add_sketch(uint64_t *sums, const uint64_t *cells) noexcept:
+    cdef Py_ssize_t i
+    for i in range(GW_SKETCH):
+        sums[i] += gw_peek64(&cells[i])
+
+
+cdef void add_latency(uint64_t *sums, const gw_requests *s) noexcept:
+    if gw_peek64(&s.codes[PLACE_200]):  # else its pages need not be looked at
+        add_sketch(sums, s.latency)
+
+
+cdef dict sparse(const uint64_t *sums):
+    cdef Py_ssize_t i
+    return {i: sums[i] for i in range(GW_SKETCH) if sums[i]}
+
+
+cdef bint has_runs(const gw_batches *s, Py_ssize_t row_class) noexcept:
+    """Whether a worker ran a batch of this class; else its pages need not be looked at."""
+    cdef Py_ssize_t i, end = GW_ROW_BOUNDS + 1 if row_class == GW_ROW_CLASSES - 1 else row_class + 1
+    for i in range(row_class, end):
+        if gw_peek64(&s.row_buckets[i]):
+            return True
+    return False
+
+
+def sketches(board, Py_ssize_t offset, Py_ssize_t frontends, Py_ssize_t workers):
+    """The sums of sketches, whatever is written meanwhile or was scribbled. Arguments as for `read`.
+
+    Returns:
+        (latency of all requests, latency of slices' requests, duration of runs by `ROW_CLASSES`): counts by
+        bucket, without those that are 0, and without classes that have none.
+    """
+    cdef _Memory memory = _Memory(board, PyBUF_SIMPLE)
+    cdef char *base = memory.at(offset, ledger_bytes(frontends, workers))
+    cdef gw_batches *batches = <gw_batches *>base
+    cdef gw_requests *requests = <gw_requests *>(base + workers * <Py_ssize_t>sizeof(gw_batches))
+    cdef uint64_t sums[832]
+    cdef Py_ssize_t i, row_class
+    cdef dict slices, latency, found, compute = {}
+    memset(sums, 0, sizeof(sums))
+    for i in range(frontends, 2 * frontends):
+        add_latency(sums, &requests[i])
+    slices = sparse(sums)
+    for i in range(frontends):
+        add_latency(sums, &requests[i])
+    latency = sparse(sums)
+    for row_class in range(GW_ROW_CLASSES):
+        memset(sums, 0, sizeof(sums))
+        for i in range(workers):
+            if has_runs(&batches[i], row_class):
+                add_sketch(sums, batches[i].compute[row_class])
+        found = sparse(sums)
+        if found:
+            compute[ROW_CLASSES[row_class]] = found
+    return latency, slices, compute

@@ -105,14 +105,15 @@ cdef class Route:
         version: the version that answers (`serving.routes.Version`).
         dispatcher: its dispatcher.
         exchange: how the general parsers are called, for `Door.serve`.
-        counters: where answers are counted.
+        counters: where answers are counted: the version's own, or its slice's.
         heads: heads of answers, by media type, for `Door.serve`.
         max_templates: skeletons that are remembered.
+        shadow: who gets copies of these requests, so that `Door.serve` is to have all of them; None: nobody.
     """
 
     def __init__(
         self, version, dispatcher, exchange, RequestCounters counters not None, dict heads,
-        Py_ssize_t max_templates,
+        Py_ssize_t max_templates, shadow=None,
     ):
         self.version = version
         self.dispatcher = dispatcher
@@ -122,6 +123,7 @@ cdef class Route:
         self.heads = heads
         self.templates = {}
         self.max_templates = max_templates
+        self.shadow = shadow
 
     def learn(self, bytes skeleton, Template template not None):
         """Remember what requests of a skeleton are."""

@@ -7,11 +7,13 @@ from libc.stdint cimport uint32_t, uint64_t
 cdef extern from "ledger_layout.h" nogil:
     ctypedef struct gw_requests:
         uint32_t magic, layout
-        uint64_t in_flight, waiting, last_inference_ms
-        uint64_t codes[17]
+        uint64_t waiting, last_inference_ms
+        uint64_t codes[21]
         uint64_t rows, success_ns, fail_ns, queue_ns, compute_ns
+        uint64_t compared, agreed, shadow_dropped, shadow_failed
         uint64_t request_buckets[17]
         uint64_t queue_buckets[17]
+        uint64_t latency[832]
 
 
 cdef class _Memory:
@@ -26,5 +28,4 @@ cdef class RequestCounters:
     cdef void count_answer(self, uint64_t rows, uint64_t total_ns, uint64_t queue_ns,
                            uint64_t compute_ns) noexcept nogil
     cdef void count_failure(self, int code, uint64_t total_ns) noexcept nogil
-    cdef void set_in_flight(self, uint64_t requests) noexcept nogil
     cdef void set_waiting(self, uint64_t requests) noexcept nogil

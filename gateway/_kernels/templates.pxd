@@ -68,8 +68,9 @@ cdef class Route:
     cdef readonly object dispatcher
     cdef readonly object exchange
     cdef readonly dict heads
+    cdef readonly object shadow
+    cdef readonly RequestCounters counters
     cdef Intake intake
-    cdef RequestCounters counters
     cdef dict templates
     cdef Py_ssize_t max_templates
 

@@ -35,7 +35,9 @@ class Route:
     version: Any  # serving.routes.Version and serving.dispatcher.Dispatcher are of a higher rank
     dispatcher: Any
     exchange: Any
+    counters: RequestCounters
     heads: dict[str, bytes]
+    shadow: Any  # serving.routes.Target, or None
     def __init__(
         self,
         version: Any,
@@ -44,6 +46,7 @@ class Route:
         counters: RequestCounters,
         heads: dict[str, bytes],
         max_templates: int,
+        shadow: Any = None,
     ) -> None: ...
     def learn(self, skeleton: bytes, template: Template) -> None: ...
 

@@ -10,6 +10,9 @@ import click
 
 from gateway import __version__
 from gateway.cli.bench import bench
+from gateway.cli.keys import keys
+from gateway.cli.models import models
+from gateway.cli.rollout import rollout
 from gateway.errors import GatewayError
 
 
@@ -25,6 +28,19 @@ def cli() -> None:
 @click.option("--port", metavar="N", help="Data port [8000].")
 @click.option("--metrics-host", metavar="H", help="Address of the metrics port [127.0.0.1].")
 @click.option("--metrics-port", metavar="N", help="Port of /metrics [8002].")
+@click.option("--admin-host", metavar="H", help="Address of the admin port [127.0.0.1].")
+@click.option("--admin-port", metavar="N", help="Admin port: rollouts, dashboard [8081].")
+@click.option("--state", metavar="URL", help="Database [.gateway/state.db in the repository].")
+@click.option(
+    "--watch-repository/--no-watch-repository",
+    default=None,
+    help="Whether new versions are served as they appear [no].",
+)
+@click.option(
+    "--data-keys/--no-data-keys",
+    default=None,
+    help="Whether inference requests need an API key [no].",
+)
 @click.option("--frontends", metavar="N", help="Processes that share the data port [1].")
 @click.option("--config", metavar="FILE", help="YAML file with any of the server's settings.")
 @click.option("--strict-readiness", is_flag=True, default=None, help="A failed model is unready.")
@@ -51,13 +67,14 @@ def serve(**flags: Any) -> None:
 @click.option("--examples", metavar="DIR", help="The digits example [the checkout's].")
 @click.option("--port", metavar="N", default=8000, help="Data port; 0: any free one [8000].")
 @click.option("--metrics-port", metavar="N", default=8002, help="Port of /metrics [8002].")
+@click.option("--admin-port", metavar="N", default=8081, help="Admin port; 0: any free one [8081].")
 @click.option("--once", is_flag=True, help="End after the tour instead of sending on.")
 @click.option(
     "--rate",
     metavar="R",
-    default=20.0,
+    default=100.0,
     type=click.FloatRange(0.01, 10_000),
-    help="Requests a second after the tour [20].",
+    help="Requests a second after the tour [100].",
 )
 def run_demo(examples: str | None, **options: Any) -> None:
     """Serve the bundled digits and classify them over HTTP, until Ctrl-C."""
@@ -100,6 +117,9 @@ def run_doctor(repository: str | None, config: str | None, is_json: bool) -> Non
 
 
 cli.add_command(bench)
+cli.add_command(models)
+cli.add_command(rollout)
+cli.add_command(keys)
 
 
 def main() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 import signal
+import sys
 import time
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 import aiohttp
 import uvloop
@@ -20,6 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from gateway.cli.admin_client import DEFAULT_URL
 from gateway.cli.digits import ABOUT, MODEL, Answer, DigitsClient, HeldOut, as_json, draw
 from gateway.cli.server_process import ServerProcess
 from gateway.errors import ConfigurationError, GatewayError
@@ -32,6 +36,16 @@ PASSES = 8
 
 SHOWN_DIGITS = 6
 
+ROLLOUT = "--steps 0,25,50 --mirror 100 --agreement 0.9 --metric errors=0.02"
+"""First a step of copies alone: their answers must mostly be those of the version that answers now (good
+versions agree on 96 % of the images, the broken one on 10 %), before anybody is answered by the new one.
+The margin of errors is what the demo's traffic can show in half a minute."""
+
+_OUTCOMES = {
+    2: "it takes over within a minute",
+    3: "it is found out before it answers anybody",
+}
+
 PLAIN_REPORT_S = 10.0
 """Time between two lines about the traffic where there is no terminal to rewrite one on."""
 
@@ -43,6 +57,7 @@ class DemoOptions:
     examples: Path
     port: int
     metrics_port: int
+    admin_port: int
     once: bool
     rate: float
 
@@ -63,7 +78,10 @@ def run_demo(options: DemoOptions) -> None:
     versions = sorted(int(path.parent.name) for path in repository.glob(f"{MODEL}/*/model.onnx"))
     held_out = HeldOut.load(options.examples / "held_out.npz")
     try:
-        uvloop.run(_demo(options, repository, versions, held_out, Console(highlight=False)))
+        # A copy, since a server writes beside its models, and what it is told may remove them.
+        with TemporaryDirectory(prefix="gateway-demo-") as folder:
+            copied = Path(shutil.copytree(repository, Path(folder) / "models"))
+            uvloop.run(_demo(options, copied, versions, held_out, Console(highlight=False)))
     except asyncio.CancelledError:
         if options.once:
             raise GatewayError("interrupted before the tour was over") from None
@@ -81,7 +99,9 @@ async def _demo(
     try:
         with console.status(f"starting {len(versions)} model versions…"):
             started_s = time.monotonic()
-            await server.start(repository, options.port, options.metrics_port)
+            state = f"sqlite:///{repository.parent / 'state.db'}"
+            ports = options.port, options.metrics_port, options.admin_port
+            await server.start(repository, state, *ports)
             await server.wait_ready()
             took_s = time.monotonic() - started_s
         console.print(
@@ -92,6 +112,8 @@ async def _demo(
             client = DigitsClient(http, server.url)
             routed = await _tour(client, held_out, versions, console)
             _show_commands(server, held_out, routed, console)
+            if server.admin_url:
+                _show_rollouts(server, console)
             if not options.once:
                 await _keep_busy(server, client, held_out, options.rate, console)
     finally:
@@ -219,6 +241,17 @@ def _show_commands(server: ServerProcess, held_out: HeldOut, routed: int, consol
         console.print(f"\n[bold]Kill the worker of version {routed}; no request is lost:[/]\n")
         console.print(Text(f"kill -9 {pid}", "cyan"))
     console.print()
+
+
+def _show_rollouts(server: ServerProcess, console: Console) -> None:
+    """Two rollouts of one kind to be pasted: the good version gets through, the broken one does not."""
+    called = sys.argv[0] if Path(sys.argv[0]).name == "gateway" else f"{sys.executable} -m gateway"
+    address = "" if server.admin_url == DEFAULT_URL else f" --admin-url {server.admin_url}"
+    for canary, outcome in _OUTCOMES.items():
+        console.print(f"[bold]Roll out version {canary}, {ABOUT[canary]}; {outcome}:[/]\n")
+        command = f"{called} rollout start {MODEL} --canary {canary} {ROLLOUT}{address} --watch"
+        console.print(Text(f"{command}\n", "cyan"), soft_wrap=True)
+    console.print(f"[bold]Watch it all in a browser:[/] {server.admin_url}/\n")
 
 
 @dataclass(slots=True)

@@ -26,32 +26,37 @@ STOP_DEADLINE_S = 45
 LINE_BYTES = 1 << 20
 """Longest line of its log that is read."""
 
-_SERVING = re.compile(r"serving \d+ model versions on (\S+), metrics on (\S+)")
+_SERVING = re.compile(
+    r"serving \d+ model versions on ([^\s,]+), metrics on ([^\s,]+)(?:, admin on ([^\s,]+))?"
+)
 _ROUTINE = re.compile(r"\S+ \S+ (DEBUG|INFO) ")
 
 
 class ServerProcess:
     """``gateway serve`` as a child of ours.
 
-    ``url`` and ``metrics_url`` are known after `wait_ready`.
+    ``url``, ``metrics_url`` and ``admin_url`` are known after `wait_ready`.
 
     Args:
         on_trouble: called with what it writes from then on, routine log lines excepted.
     """
 
     def __init__(self, on_trouble: Callable[[str], None]) -> None:
-        self.url = self.metrics_url = ""
+        self.url = self.metrics_url = self.admin_url = ""
         self._on_trouble = on_trouble
         self._process: asyncio.subprocess.Process | None = None
         self._log: asyncio.Task[None] | None = None
         self._last_line = ""
 
-    async def start(self, repository: Path, port: int, metrics_port: int) -> None:
-        """Start it on loopback. Port 0 means any free one."""
+    async def start(
+        self, repository: Path, state: str, port: int, metrics_port: int, admin_port: int
+    ) -> None:
+        """Start it on loopback, with a database of its own. Port 0 means any free one."""
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "gateway", "serve"),
             *("--model-repository", str(repository), "--host", "127.0.0.1"),
             *("--port", str(port), "--metrics-port", str(metrics_port)),
+            *("--admin-host", "127.0.0.1", "--admin-port", str(admin_port), "--state", state),
             *("--log-level", "info", "--log-format", "text"),
             env={**os.environ, "GATEWAY_ORPHAN_GRACE_S": "0"},  # `stop` may have to kill it
             limit=LINE_BYTES,
@@ -111,7 +116,7 @@ class ServerProcess:
             if line is None:
                 raise GatewayError(f"the server did not start: {self._reason()}")
             if match := _SERVING.search(line):
-                self.url, self.metrics_url = match[1], match[2]
+                self.url, self.metrics_url, self.admin_url = match[1], match[2], match[3] or ""
 
     async def _poll_readiness(self) -> None:
         async with aiohttp.ClientSession() as http:
@@ -137,5 +142,5 @@ class ServerProcess:
     def _reason(self) -> str:
         reason = self._last_line.removeprefix("gateway: ") or "it said nothing"
         if "cannot listen" in reason:
-            reason += "; choose another with --port and --metrics-port (0: any free one)"
+            reason += "; choose others with --port, --metrics-port and --admin-port (0: any free)"
         return reason

@@ -113,6 +113,10 @@ class MemoryBudget:
         """What another worker may take."""
         return max(0, self._total_bytes - sum(self._taken.values()))
 
+    def taken_bytes(self, key: Key) -> int:
+        """What a worker takes; 0 for one that is not there."""
+        return self._taken.get(key, 0)
+
     def take(self, key: Key, nbytes: int) -> int:
         """A worker takes so much: the size of its file while it loads, then what it was found to.
 

@@ -10,22 +10,28 @@ import asyncio
 import logging
 import signal
 import socket
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 from gateway.clock import NS_PER_MS
 from gateway.control.frontend import Frontend, FrontendObserver
 from gateway.control.holders import Outstanding
 from gateway.control.models import MAX_MODELS, ModelControl, ModelSupervision
+from gateway.control.plane import ControlPlane
 from gateway.control.planning import MemoryBudget
 from gateway.control.process import Child
 from gateway.control.repository import ModelEntry
 from gateway.control.seat import Seat
 from gateway.control.version import VersionObserver, VersionSupervision
+from gateway.control.watching import watch
 from gateway.errors import ConfigurationError, GatewayError, LoadError, Unavailable
 from gateway.serving.channel import Channel, Message, MessageTooLarge
 from gateway.serving.routes import VersionState
+from gateway.serving.routing import ModelRoute
 from gateway.settings import Latest, ServerSettings, Specific
+from gateway.store.store import AsyncStore
 
 log = logging.getLogger("gateway.supervisor")
 
@@ -50,6 +56,12 @@ class Supervisor:
         models: what to serve from the start.
         data: listening sockets of the data port, one for each front end.
         metrics: listening socket of the metrics port, which they share.
+        admin: listening socket of the admin port; only its address is asked.
+        store: open.
+        secret: the server's own.
+
+    Attributes:
+        plane: what the admin port shows and changes.
     """
 
     def __init__(
@@ -58,6 +70,9 @@ class Supervisor:
         models: Iterable[ModelEntry],
         data: Sequence[socket.socket],
         metrics: socket.socket,
+        admin: socket.socket,
+        store: AsyncStore,
+        secret: bytes,
     ) -> None:
         self._settings = settings
         self._entries = list(models)
@@ -71,7 +86,7 @@ class Supervisor:
         self._frontends = [
             Frontend(index, settings, sock, metrics, watch) for index, sock in enumerate(data)
         ]
-        self._told_routes: dict[str, int] = {}
+        self._told: dict[str, _Told] = {}
         self._observer = VersionObserver(
             frontends=lambda: (frontend.index for frontend in self._live_frontends()),
             on_state=self._on_state,
@@ -84,6 +99,10 @@ class Supervisor:
         self._models: dict[str, ModelSupervision] = {}
         self._budget = MemoryBudget(settings.memory_bytes)
         self._control = ModelControl(settings, self._models, self._budget, self._observer)
+        self.plane = ControlPlane(
+            settings, store, secret, self._models, self._control, self._publish, self._tell_keys
+        )
+        self._beside: set[asyncio.Task[None]] = set()
         self._operations: set[asyncio.Task[None]] = set()
         self._syncs: dict[int, Outstanding] = {}
         self._sync_numbers = count(1)
@@ -91,6 +110,7 @@ class Supervisor:
         self._stopped = asyncio.Event()
         self._started = asyncio.Event()
         self._start_error: GatewayError | None = None
+        self._admin = _address(admin)
 
     async def run(self) -> None:
         """Start everything, serve until SIGTERM or SIGINT, drain, and leave no process behind.
@@ -106,27 +126,44 @@ class Supervisor:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        records = await self.plane.read()
         for entry in self._entries:
             model = ModelSupervision(entry.name, self._settings, self._budget, self._observer)
+            self.plane.adopt(model, records.get(entry.name))
             model.prepare(entry)
-            if model.versions:
+            if model.versions or model.record.revision:
                 self._models[entry.name] = model
         for frontend in self._frontends:
             frontend.start()
         for version in self._versions():
             version.start()
-        watch = loop.create_task(self._watch())
+        self.plane.start()
+        self._begin_beside(self._watch())
+        if self._settings.watch_repository:
+            self._begin_beside(watch(self._settings.model_repository, self._control))
         self._check_started()
         await self._stopped.wait()
-        watch.cancel()
+        for task in self._beside:
+            task.cancel()
+        await self.plane.close()
         if self._start_error is not None:
             raise self._start_error
+
+    def _begin_beside(self, work: Coroutine[Any, Any, None]) -> None:
+        """Something that goes on until the server ends."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._beside.add(task)
+        task.add_done_callback(_log_failure)
 
     async def _watch(self) -> None:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             for version in self._versions():
                 version.kill_overdue()
+            try:
+                await self.plane.refresh()
+            except GatewayError as error:
+                log.error("the store cannot be read: %s", error.message)
 
     def _versions(self) -> Iterator[VersionSupervision]:
         for model in self._models.values():
@@ -140,7 +177,10 @@ class Supervisor:
     def _on_frontend_up(self, frontend: Frontend) -> None:
         for version in self._versions():
             self._tell_version(frontend, version)
-        self._send_routes([frontend])
+        for name, told in self._told.items():
+            frontend.tell("route", model=name, **told.to_wire())
+        frontend.tell("keys", **self._keys())
+        frontend.tell("started", is_started=self._started.is_set())
 
     def _on_frontend_message(self, frontend: Frontend, message: Message) -> None:
         match message["op"]:
@@ -211,7 +251,6 @@ class Supervisor:
                 frontend.tell(
                     "version",
                     fds,
-                    frontend=frontend.index,
                     model=version.model,
                     version=version.number,
                     state=version.state.value,
@@ -222,17 +261,29 @@ class Supervisor:
             version.fail(f"its signature and settings are too long: {error}")
 
     def _tell_routes(self) -> None:
-        """Publish the routes where they have changed."""
-        routed = ((name, model.route) for name, model in self._models.items())
-        routes = {name: number for name, number in routed if number is not None}
-        if routes != self._told_routes:
-            self._told_routes = routes
-            self._send_routes(self._frontends)
+        """Publish the routes and labels that have changed."""
+        for name in [*self._told.keys() - self._models.keys(), *self._models]:
+            model = self._models.get(name)
+            told = _Told() if model is None else _Told(model.route, dict(model.record.labels))
+            if told == self._told.get(name, _Told()):
+                continue
+            self._told[name] = told
+            if told == _Told():
+                del self._told[name]
+            for frontend in self._frontends:
+                frontend.tell("route", model=name, **told.to_wire())
 
-    def _send_routes(self, frontends: Iterable[Frontend]) -> None:
-        is_started = self._started.is_set()
-        for frontend in frontends:
-            frontend.tell("routes", routes=self._told_routes, is_started=is_started)
+    async def _publish(self) -> bool:
+        """The same; whether every front end has acknowledged it."""
+        self._tell_routes()
+        return await self._sync()
+
+    def _keys(self) -> dict[str, Any]:
+        return self.plane.keyring.to_wire(required=self._settings.data_keys)
+
+    def _tell_keys(self) -> None:
+        for frontend in self._frontends:
+            frontend.tell("keys", **self._keys())
 
     # Operations
 
@@ -260,8 +311,11 @@ class Supervisor:
             code, text = (error.code, error.message) if error is not None else ("", "")
             asker.send("operated", number=message["number"], code=code, error=text[:MAX_ERROR])
 
-    async def _sync(self) -> None:
-        """Until all front ends have done what they were told so far: then every connection agrees."""
+    async def _sync(self) -> bool:
+        """Until all front ends have done what they were told so far: then every connection agrees.
+
+        Gives whether they have, in the time that they get.
+        """
         number = next(self._sync_numbers)
         sync = self._syncs[number] = Outstanding(each.index for each in self._live_frontends())
         try:
@@ -269,8 +323,10 @@ class Supervisor:
                 frontend.tell("sync", number=number)
             async with asyncio.timeout(SYNC_S):
                 await sync.wait()
+            return True
         except TimeoutError:
             log.warning("a front end does not react")
+            return False
         finally:
             del self._syncs[number]
 
@@ -279,6 +335,7 @@ class Supervisor:
     def _on_state(self, version: VersionSupervision) -> None:
         self._tell_state(version, self._frontends)
         self._tell_routes()
+        self.plane.on_state(version)
         if version.state is VersionState.FAILED:
             text = f"model '{version.model}' version {version.number} cannot be served: "
             log.error("%s%s", text, version.detail)
@@ -332,10 +389,17 @@ class Supervisor:
         if any(version.is_loading for version in self._versions()):
             return
         self._started.set()
-        self._send_routes(self._frontends)
+        for frontend in self._frontends:
+            frontend.tell("started", is_started=True)
         data, metrics = _address(self._sockets[0]), _address(self._sockets[-1])
         ready = sum(v.state is VersionState.READY for v in self._versions())
-        log.info("serving %d model versions on %s, metrics on %s/metrics", ready, data, metrics)
+        log.info(
+            "serving %d model versions on %s, metrics on %s/metrics, admin on %s",
+            ready,
+            data,
+            metrics,
+            self._admin,
+        )
 
     # The end
 
@@ -387,6 +451,26 @@ class Supervisor:
         workers_gone = all(version.is_stopped for version in self._versions())
         if self._stopping and workers_gone and not any(self._live_frontends()):
             self._stopped.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What front ends know of a model's route."""
+
+    route: ModelRoute | None = None
+    labels: dict[str, int] = field(default_factory=dict)
+
+    def to_wire(self) -> dict[str, Any]:
+        """For the message."""
+        return {
+            "route": None if self.route is None else self.route.to_wire(),
+            "labels": self.labels,
+        }
+
+
+def _log_failure(task: asyncio.Task[None]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.error("a part of the supervisor has ended", exc_info=error)
 
 
 def _policy_document(policy: Latest | Specific | str) -> dict[str, object] | str:

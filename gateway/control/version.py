@@ -9,10 +9,11 @@ from collections.abc import Callable, Coroutine, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from mmap import mmap
+from pathlib import Path
 from typing import Any
 
 from gateway._kernels import ring
-from gateway.clock import NS_PER_MS, monotonic_ns
+from gateway.clock import NS_PER_MS, monotonic_ns, wall_s
 from gateway.control.holders import Holders
 from gateway.control.modelfile import CHANGED, ModelFile
 from gateway.control.planning import Key, MemoryBudget, load_plan, worker_options
@@ -26,7 +27,7 @@ from gateway.serving.channel import Message, MessageTooLarge
 from gateway.serving.plan import Understanding, no_memory
 from gateway.serving.routes import VersionState
 from gateway.settings import ModelSettings, ServerSettings
-from gateway.telemetry.ledger import board_bytes
+from gateway.telemetry.ledger import Ledger, board_bytes
 
 log = logging.getLogger("gateway.supervisor")
 
@@ -67,6 +68,8 @@ class VersionSupervision:
         self.state = VersionState.LOADING
         self.reason = self.detail = ""
         self.signature: dict[str, object] = {}
+        self.since_s = wall_s()
+        """When it came into its state, by the wall clock."""
         self._file = ModelFile(entry.path)
         self._server = server
         self._budget = budget
@@ -77,6 +80,9 @@ class VersionSupervision:
         seats = len(self.seats)
         self.board_fd = memory.create("board", board_bytes(server.frontends, seats))
         self._board: mmap = memory.map_writable(self.board_fd, ring.board_bytes(seats))
+        self.ledger = Ledger.mapped(self.board_fd, seats)
+        self.workers_up: dict[int, bool] = {}
+        """By instance, whether its worker is ready."""
         self._holders = Holders()
         self._completed = 0  # batches of workers that are gone
         self._stopping = False  # no worker is started any more
@@ -171,6 +177,20 @@ class VersionSupervision:
             if seat.child is not None:
                 seat.child.kill()
         self._check_exited()
+
+    @property
+    def path(self) -> Path:
+        """Its model file."""
+        return self._file.path
+
+    def worker_starts(self) -> list[int]:
+        """How often a worker was started in each seat."""
+        return [worker.starts for worker in self.ledger.read().workers]
+
+    @property
+    def memory_bytes(self) -> int:
+        """What its workers take together."""
+        return sum(self._budget.taken_bytes(self._key(seat)) for seat in self.seats)
 
     @property
     def is_loading(self) -> bool:
@@ -270,7 +290,7 @@ class VersionSupervision:
             # Front ends know the old one, and would read its outputs as that.
             self.fail(CHANGED)
             return
-        seat.is_loaded = True
+        seat.is_loaded = self.workers_up[seat.index] = True
         self.signature = signature
         understanding = Understanding.from_wire(message["understanding"])
         taken_bytes = understanding.resident_bytes
@@ -310,6 +330,8 @@ class VersionSupervision:
     def _on_exit(self, seat: Seat, status: int) -> None:
         incarnation, was_loaded = seat.incarnation, seat.is_loaded
         seat.child, seat.is_loaded = None, False
+        if was_loaded:
+            self.workers_up[seat.index] = False
         self._budget.give_back(self._key(seat))
         self._stop_load_timer(seat)
         sat, batches, _busy_since_ns, _waiting = ring.seats(self._board)[seat.index]
@@ -357,7 +379,7 @@ class VersionSupervision:
     def _move(self, state: VersionState) -> None:
         """The one place where the state changes. RuntimeError on an illegal move."""
         check_move(self.state, state)
-        self.state = state
+        self.state, self.since_s = state, wall_s()
         if state is VersionState.UNLOADING:
             self._holders.begin_drain(self._observer.frontends())
         if not self.is_loading:

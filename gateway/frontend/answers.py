@@ -11,7 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
-from gateway.errors import GatewayError
+from gateway.errors import GatewayError, Unauthorized
 from gateway.protocols import jsontext
 from gateway.serving.routes import Version
 
@@ -43,17 +43,19 @@ def json_answer(document: Any, status: int = 200) -> web.Response:
 
 
 def error_answer(error: GatewayError) -> web.Response:
-    """``{"error": …}``, its code in ``x-error-code``, and ``Retry-After`` where a retry may help."""
+    """``{"error": …}``, with `error_headers`."""
     answer = json_answer({"error": error.message}, error.status)
     answer.headers.update(error_headers(error))
     return answer
 
 
 def error_headers(error: GatewayError) -> dict[str, str]:
-    """What an error's answer has in its head, whichever lane writes it."""
+    """What an error's answer has in its head, whichever lane writes it: its code, and what would help."""
     headers = {"x-error-code": error.code}
     if error.retryable:
         headers["Retry-After"] = str(RETRY_AFTER_S)
+    if isinstance(error, Unauthorized):
+        headers["WWW-Authenticate"] = "Bearer"
     return headers
 
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import os
 import re
+from collections.abc import Hashable
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -32,14 +33,17 @@ from gateway.frontend.exchanges import (
     Exchange,
     v2_exchange,
 )
+from gateway.frontend.guard import Guard
 from gateway.frontend.inference import CLIENT_GONE
 from gateway.frontend.learning import template_of
+from gateway.frontend.mirror import Copy, Mirror
 from gateway.protocols import jsontext
 from gateway.protocols.call import InferCall, OutputTensor, check_call
+from gateway.security.keys import Role
 from gateway.serving.dispatcher import Dispatcher
 from gateway.serving.options import FrontendOptions
 from gateway.serving.request import Timing
-from gateway.serving.routes import RouteTable, Version
+from gateway.serving.routes import Choice, RouteTable, Version
 
 log = logging.getLogger("gateway.frontend")
 
@@ -77,6 +81,8 @@ class FrontDoor(fastlane.Door):
         server: aiohttp's, for whatever is not plain.
         handler_options: of its handlers.
         options: bounds.
+        mirror: sends the copies of requests.
+        guard: knows who may ask.
     """
 
     def __init__(
@@ -85,6 +91,8 @@ class FrontDoor(fastlane.Door):
         server: web.Server,
         handler_options: dict[str, Any],
         options: FrontendOptions,
+        mirror: Mirror,
+        guard: Guard,
     ) -> None:
         self._loop = asyncio.get_running_loop()
         super().__init__(
@@ -98,11 +106,13 @@ class FrontDoor(fastlane.Door):
         self._table = routes
         self._server = server
         self._handler_options = handler_options
+        self.mirror = mirror
+        self._guard = guard
         self._limit = options.max_request_bytes
         self._keepalive_ns = round(options.keepalive_timeout_s * NS_PER_S)
         self._connections: set[Connection] = set()
         self._seen: set[bytes] = set()
-        self._routes: dict[tuple[str, int, bool], Route] = {}  # however they are spelt
+        self._routes: dict[Hashable, Route] = {}  # however they are spelt
         self._sweeper: asyncio.TimerHandle | None = None
 
     # Connections
@@ -159,38 +169,57 @@ class FrontDoor(fastlane.Door):
     # Requests
 
     def forget_routes(self) -> None:
-        """Versions or routes have changed: each target is resolved anew."""
+        """Versions, routes or keys have changed: each target is resolved anew."""
         super().forget_routes()
         self._routes.clear()
+        self.is_guarded = self._guard.is_required
 
-    def resolve(self, target: bytes) -> Route | None:
-        """The route of a target; None where aiohttp is to answer."""
+    def resolve(self, target: bytes) -> Route | Fork | None:
+        """The route of a target, or its fork where that differs by request; None: aiohttp is to answer."""
         text = target.decode("ascii")
         infer = _INFER.fullmatch(text)
         found = infer or _PREDICT.fullmatch(text)
         if found is None:
             return None
-        try:
-            version = self._table.resolve(*found.groups())
-            version.ready()
-        except GatewayError:
-            return None
-        if version.dispatcher is None:
-            return None
+        model, *named = found.groups()
         if self.route_count >= MAX_ROUTES:
             self.forget_routes()
-        key = version.model, version.number, infer is None
+        shared = self._table.routes.get(model)
+        if shared is not None and not shared.is_plain and not any(named):
+            return Fork(self, self._table, model, is_v2=infer is not None)
+        try:
+            return self.route_to(
+                Choice(self._table.resolve(model, *named)), is_v2=infer is not None
+            )
+        except GatewayError:
+            return None
+
+    def route_to(self, choice: Choice, *, is_v2: bool) -> Route:
+        """The route to whoever was chosen, in one of the two protocols. Unavailable: it is not READY."""
+        version = choice.version
+        key = version.model, version.number, choice.is_slice, choice.shadow is not None, is_v2
         route = self._routes.get(key)
         if route is None:
+            version.ready()
             route = self._routes[key] = Route(
                 version,
                 version.dispatcher,
-                partial(_v2, version) if infer else _predict,
-                version.metrics.counters,
+                partial(_v2, version) if is_v2 else _predict,
+                choice.counters,
                 _heads(version),
                 MAX_TEMPLATES,
+                choice.shadow,
             )
         return route
+
+    def may(self, connection: Connection, route: Route) -> bool:
+        """Whether whoever asks has a key for it; aiohttp's lane says what is wrong where not."""
+        version: Version = route.version
+        try:
+            self._guard.check(connection.header("authorization"), Role.INFER, version.model)
+        except GatewayError:
+            return False
+        return True
 
     def serve(
         self,
@@ -223,7 +252,8 @@ class FrontDoor(fastlane.Door):
             check_call(call, dispatcher.signature, self._limit)
             if split is not None and self._is_worth_learning(split):
                 template = self._learn(call, route, body, json_bytes, media, split)
-            answer = _Answering(self, connection, route, call, encode, arrived_ns)
+            copy = self.mirror.keep(route.shadow, call)
+            answer = _Answering(self, connection, route, call, encode, arrived_ns, copy)
             request = dispatcher.submit(call, arrived_ns, answer.on_answer, answer.on_error)
         except Exception as error:
             self.refuse(connection, route, error, arrived_ns)
@@ -277,12 +307,27 @@ class FrontDoor(fastlane.Door):
         version: Version = route.version
         head = _head(error.status, version, JSON, error_headers(error))
         connection.respond(head, jsontext.dumps({"error": error.message}))
-        version.metrics.failed(error.status, monotonic_ns() - arrived_ns)
+        route.counters.failed(error.status, monotonic_ns() - arrived_ns)
         connection.finish()
 
     def abandoned(self, route: Route, arrived_ns: int) -> None:
         """A client went away and left a request."""
-        route.version.metrics.failed(CLIENT_GONE, monotonic_ns() - arrived_ns)
+        route.counters.failed(CLIENT_GONE, monotonic_ns() - arrived_ns)
+
+
+class Fork:
+    """A target whose requests are shared out among versions: each is chosen for anew."""
+
+    def __init__(self, door: FrontDoor, table: RouteTable, model: str, *, is_v2: bool) -> None:
+        self._door, self._table, self._model, self._is_v2 = door, table, model, is_v2
+
+    def choose(self, connection: Connection) -> Route | None:
+        """The route of the request that the connection is reading; None where aiohttp is to answer."""
+        try:
+            choice = self._table.choose(self._model, None, None, connection)
+            return self._door.route_to(choice, is_v2=self._is_v2)
+        except GatewayError:
+            return None
 
 
 class _Answering:
@@ -296,20 +341,22 @@ class _Answering:
         call: InferCall,
         encode: Encode,
         arrived_ns: int,
+        copy: Copy | None,
     ) -> None:
         self._door, self._connection, self._route = door, connection, route
         self._call, self._encode, self._arrived_ns = call, encode, arrived_ns
+        self._copy = copy
 
     def on_answer(self, outputs: list[OutputTensor], timing: Timing) -> None:
         """It was run."""
-        version: Version = self._route.version
         encoded = self._encode(outputs)
         head = self._route.heads[encoded.media_type]
         self._connection.respond(
             head, encoded.body, -1 if encoded.json_bytes is None else encoded.json_bytes
         )
         total_ns = monotonic_ns() - self._arrived_ns
-        version.metrics.answered(self._call.rows, total_ns, timing.queue_ns, timing.compute_ns)
+        self._route.counters.answered(self._call.rows, total_ns, timing.queue_ns, timing.compute_ns)
+        self._door.mirror.answered(self._copy, outputs)
         self._connection.finish()
 
     def on_error(self, error: GatewayError) -> None:

@@ -11,32 +11,39 @@ from gateway.errors import GatewayError
 from gateway.frontend.answers import VERSION
 from gateway.frontend.bodies import read_body
 from gateway.frontend.exchanges import HEADER_LENGTH, Encode, Encoded, Exchange
+from gateway.frontend.mirror import Copy, Mirror
 from gateway.protocols.call import InferCall, OutputTensor, check_call
 from gateway.serving.request import Timing
-from gateway.serving.routes import Version
+from gateway.serving.routes import Choice, Version
 
 CLIENT_GONE = 499
 """What the metrics call a request whose client went away; nothing is sent."""
 
 
 class Inference:
-    """Runs inferences. ``max_request_bytes`` also bounds what a body expands to as tensors."""
+    """Runs inferences.
 
-    def __init__(self, max_request_bytes: int) -> None:
+    Args:
+        max_request_bytes: also bounds what a body expands to as tensors.
+        mirror: sends the copies of requests.
+    """
+
+    def __init__(self, max_request_bytes: int, mirror: Mirror) -> None:
         self._max_request_bytes = max_request_bytes
+        self._mirror = mirror
 
-    async def run(self, http: web.Request, version: Version, exchange: Exchange) -> web.Response:
+    async def run(self, http: web.Request, choice: Choice, exchange: Exchange) -> web.Response:
         """Read the body, run it on the version and make the answer.
 
         Args:
             http: its body has not been read.
-            version: marked on the request, so that the answer names it.
+            choice: its version is marked on the request, so that the answer names it.
             exchange: the protocol.
 
         Raises:
             GatewayError: whatever went wrong, with its status.
         """
-        http[VERSION] = version
+        version = http[VERSION] = choice.version
         arrived_ns = monotonic_ns()
         try:
             signature = version.begin_request()
@@ -44,21 +51,22 @@ class Inference:
                 body = await read_body(http, self._max_request_bytes)
                 call, encode = exchange.understand(body, signature)
                 check_call(call, signature, self._max_request_bytes)
-                answer, timing = await self._batched(version, call, encode)
+                copy = self._mirror.keep(choice.shadow, call)
+                answer, timing = await self._batched(version, call, encode, copy)
             finally:
                 version.end_request()
         except GatewayError as error:
-            version.metrics.failed(error.status, monotonic_ns() - arrived_ns)
+            choice.counters.failed(error.status, monotonic_ns() - arrived_ns)
             raise
         except asyncio.CancelledError:
-            version.metrics.failed(CLIENT_GONE, monotonic_ns() - arrived_ns)
+            choice.counters.failed(CLIENT_GONE, monotonic_ns() - arrived_ns)
             raise
         total_ns = monotonic_ns() - arrived_ns
-        version.metrics.answered(call.rows, total_ns, timing.queue_ns, timing.compute_ns)
+        choice.counters.answered(call.rows, total_ns, timing.queue_ns, timing.compute_ns)
         return _response(answer)
 
     async def _batched(
-        self, version: Version, call: InferCall, encode: Encode
+        self, version: Version, call: InferCall, encode: Encode, copy: Copy | None
     ) -> tuple[Encoded, Timing]:
         dispatcher = version.dispatcher
         if dispatcher is None:
@@ -69,6 +77,7 @@ class Inference:
             answer = encode(outputs)
             if not done.done():
                 done.set_result((answer, timing))
+                self._mirror.answered(copy, outputs)
 
         def on_error(error: GatewayError) -> None:
             if not done.done():

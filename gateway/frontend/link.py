@@ -1,10 +1,11 @@
 """The front end's link to its supervisor: turns messages into versions, workers and routes.
 
-Messages in: ``version`` (model, version, state, reason, seats, the front end's own index; with READY
-also signature, config and limits; fds: board, until it is unloaded), ``forget`` (an unloaded version's
-files are gone), ``worker_up`` (fds: pidfd, channel), ``worker_exited`` (signal, timed_out), ``routes``
-(and whether the server's start is over), ``operated`` (how an operation ended), ``sync`` (number) and
-``drain``. Messages out: ``serving``, ``reclaimed`` (an incarnation may be used again), ``convicted`` (a
+Messages in: ``version`` (model, version, state, reason, seats; with READY also signature, config and
+limits; fds: board, until it is unloaded), ``forget`` (an unloaded version's files are gone), ``worker_up``
+(fds: pidfd, channel), ``worker_exited`` (signal, timed_out), ``route`` (a model's route, if any, and its
+labels), ``keys`` (of the data port, and whether one is required), ``started`` (all of that has been said;
+whether the server's start is over), ``operated`` (how an operation ended), ``sync`` (number) and ``drain``.
+Messages out: ``serving``, ``reclaimed`` (an incarnation may be used again), ``convicted`` (a
 request, not the version, killed workers), ``drained`` (nothing is held of a version that is unloaded),
 ``operation`` (load or unload), ``synced`` (all that came before the ``sync`` of this number is done) and
 ``again`` (a message's descriptors did not fit in).
@@ -25,13 +26,17 @@ from gateway._kernels import ring
 from gateway._kernels.burst import Burst
 from gateway.clock import NS_PER_S, monotonic_ns
 from gateway.errors import Unavailable
+from gateway.frontend.guard import Guard
+from gateway.frontend.mirror import Mirror
 from gateway.frontend.operations import Operations
 from gateway.serving import memory
 from gateway.serving.channel import Channel, Message
 from gateway.serving.dispatcher import Dispatcher
 from gateway.serving.lane import Lane
 from gateway.serving.limits import Limits
+from gateway.serving.options import FrontendOptions
 from gateway.serving.routes import RouteTable, Version, VersionState
+from gateway.serving.routing import ModelRoute
 from gateway.telemetry.ledger import Ledger
 from gateway.telemetry.metrics import Metrics
 from gateway.tensors import Signature
@@ -53,8 +58,9 @@ class SupervisorLink:
         routes: kept up to date.
         metrics: told about workers.
         operations: told how they ended.
-        lane_bytes: budget of a lane.
-        drain_timeout_s: what requests in flight get when their version is unloaded.
+        guard: told which keys there are.
+        mirror: told which versions are unloaded.
+        options: the front end's index and bounds.
         on_drain: called once when the supervisor asks for it.
         on_orphaned: called once when the supervisor is gone.
         on_change: called after each message: what was known of versions and routes may be wrong.
@@ -67,8 +73,9 @@ class SupervisorLink:
         routes: RouteTable,
         metrics: Metrics,
         operations: Operations,
-        lane_bytes: int,
-        drain_timeout_s: float,
+        guard: Guard,
+        mirror: Mirror,
+        options: FrontendOptions,
         on_drain: Callable[[], None],
         on_orphaned: Callable[[], None],
         on_change: Callable[[], None],
@@ -78,15 +85,18 @@ class SupervisorLink:
         self._routes = routes
         self._metrics = metrics
         self._operations = operations
-        self._lane_bytes = lane_bytes
-        self._drain_timeout_ns = round(drain_timeout_s * NS_PER_S)
+        self._guard = guard
+        self._mirror = mirror
+        self._index = options.index
+        self._lane_bytes = options.lane_bytes
+        self._drain_timeout_ns = round(options.drain_timeout_s * NS_PER_S)
         self._on_drain = on_drain
         self._on_orphaned = on_orphaned
         self._on_change = on_change
         self._burst = burst
         self._loop = asyncio.get_running_loop()
         self.told = asyncio.Event()
-        """Set once the first routes are here: before that, every model would be unknown."""
+        """Set once versions, routes and keys are known: before that, every model would be unknown."""
         self._watched: dict[tuple[str, int, int], int] = {}  # pidfds by model, version, incarnation
         self._boards: dict[tuple[str, int], mmap] = {}
 
@@ -126,8 +136,15 @@ class SupervisorLink:
                 self._routes.forget(message["model"], message["version"])
             case "operated":
                 self._operations.ended(message["number"], message["code"], message["error"])
-            case "routes":
-                self._routes.routes = dict(message["routes"])
+            case "route":
+                wire = message["route"]
+                route = None if wire is None else ModelRoute.from_wire(wire)
+                self._routes.direct(message["model"], route, message["labels"])
+            case "keys":
+                self._guard.update(
+                    required=message["required"], secret=message["secret"], keys=message["keys"]
+                )
+            case "started":
                 self._routes.is_started = message["is_started"]
                 self.told.set()
             case "sync":
@@ -149,13 +166,14 @@ class SupervisorLink:
         version.state, version.reason = state, message["reason"]
         if fds and not version.metrics.is_attached:
             ledger = Ledger.mapped(fds[0], message["seats"])
-            version.metrics.attach(ledger, message["frontend"])
+            version.metrics.attach(ledger, self._index)
         match state:
             case VersionState.READY:
                 self._serve(version, message, fds)
             case VersionState.FAILED:
                 self._close(version, Unavailable(f"model '{model}' version {number} has failed"))
             case VersionState.UNLOADING:
+                self._mirror.drop(version)
                 self._drain(version, monotonic_ns() + self._drain_timeout_ns)
             case VersionState.UNLOADED:
                 self._let_go(version)  # held only where the supervisor has not waited for us

@@ -22,9 +22,11 @@ from aiohttp.http_exceptions import HttpProcessingError
 from gateway.errors import Unavailable
 from gateway.frontend.answers import DRAINING, answering
 from gateway.frontend.frontdoor import FrontDoor
+from gateway.frontend.guard import GUARD, Guard, guarding
 from gateway.frontend.health import HealthHandlers
 from gateway.frontend.inference import Inference
 from gateway.frontend.link import DRAIN_LOOK_S, SupervisorLink
+from gateway.frontend.mirror import Mirror
 from gateway.frontend.operations import Operations
 from gateway.frontend.tfserving import TensorFlowHandlers
 from gateway.frontend.v2 import V2Handlers
@@ -52,13 +54,15 @@ class Frontend:
         self._stop = asyncio.Event()
         self._draining = asyncio.Event()
         self._pause_s = options.drain_pause_s
+        self._guard = Guard()
 
     async def serve(self, data: socket.socket, metrics_socket: socket.socket) -> None:
         """Serve until drained."""
         options = self._options
         routes, metrics, operations = RouteTable(), Metrics(), Operations(self._channel)
         health = HealthHandlers(routes, metrics, options.strict_readiness)
-        inference = Inference(options.max_request_bytes)
+        mirror = Mirror(options.max_request_bytes)
+        inference = Inference(options.max_request_bytes, mirror)
         app = self._application()
         health.add_to(app)
         control = operations if options.model_control else None
@@ -72,14 +76,17 @@ class Frontend:
             _server_of(runner),
             self._handler_options(),
             options,
+            mirror,
+            self._guard,
         )
         link = SupervisorLink(
             self._channel,
             routes,
             metrics,
             operations,
-            options.lane_bytes,
-            options.drain_timeout_s,
+            self._guard,
+            mirror,
+            options,
             self._drain,
             self._orphaned,
             door.forget_routes,
@@ -96,11 +103,16 @@ class Frontend:
         gc.freeze()  # what importing made is there for good: no full collection needs to look at it
         self._channel.send("serving")
         await self._stop.wait()
+        mirror.close()
+        await self._end(routes, door, runners)
+
+    async def _end(self, routes: RouteTable, door: FrontDoor, runners: list[web.AppRunner]) -> None:
+        """Stop taking requests, and end when those in flight are answered or have had their time."""
         self._draining.set()
         door.is_open = False  # aiohttp says in its answers that the connection ends
         await asyncio.sleep(self._pause_s)
         with suppress(TimeoutError):
-            async with asyncio.timeout(options.drain_timeout_s):
+            async with asyncio.timeout(self._options.drain_timeout_s):
                 await self._finish(routes, door, runners)
                 return
         for version in routes.versions():
@@ -126,8 +138,8 @@ class Frontend:
 
     def _application(self) -> web.Application:
         limit = self._options.max_request_bytes
-        app = web.Application(middlewares=[answering], client_max_size=limit)
-        app[DRAINING] = self._draining
+        app = web.Application(middlewares=[answering, guarding], client_max_size=limit)
+        app[DRAINING], app[GUARD] = self._draining, self._guard
         return app
 
     def _handler_options(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from aiohttp import web
 from gateway.errors import Forbidden, InvalidRequest
 from gateway.frontend.answers import VERSION, json_answer
 from gateway.frontend.bodies import read_body
+from gateway.frontend.caller import HttpCaller
 from gateway.frontend.exchanges import HEADER_LENGTH, v2_exchange
 from gateway.frontend.inference import Inference
 from gateway.frontend.operations import Operations
@@ -157,9 +158,11 @@ class V2Handlers:
 
     async def infer(self, http: web.Request) -> web.Response:
         """One inference: JSON, JSON with binary tensors, one raw tensor, or msgpack."""
-        version = self._resolve(http)
-        exchange = v2_exchange(version, http.content_type, http.headers.get(HEADER_LENGTH))
-        return await self._inference.run(http, version, exchange)
+        info = http.match_info
+        choice = self._routes.choose(info["model"], info.get("version"), None, HttpCaller(http))
+        header_length = http.headers.get(HEADER_LENGTH)
+        exchange = v2_exchange(choice.version, http.content_type, header_length)
+        return await self._inference.run(http, choice, exchange)
 
 
 def _triton_state(version: Version) -> tuple[str, str]:

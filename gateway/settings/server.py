@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource
 
 from gateway.errors import ConfigurationError
@@ -32,12 +32,13 @@ from gateway.yamlfile import read_yaml, shown
 
 ENV_PREFIX = "GATEWAY_"
 
-# Variables (NAME=value) with our prefix that are no settings: setup.py's, and a trap. Kubernetes gives
+# Variables (NAME=value) with our prefix that are no settings: setup.py's, the store's secret, what the
+# commands ask the admin port with, and a trap. Kubernetes gives
 # every container variables for every Service of its namespace. For one called "gateway" they begin
 # with our prefix, and GATEWAY_PORT=tcp://10.0.0.1:8000 even has the name of a setting, as has
 # GATEWAY_METRICS_PORT for "gateway-metrics". Read as settings they would end the start of every pod.
 _NOT_SETTINGS = re.compile(
-    r"GATEWAY_CYTHON_DEBUG="
+    r"GATEWAY_(CYTHON_DEBUG|SECRET|ADMIN_URL|API_KEY)="
     r"|GATEWAY_(\w+_)?(SERVICE_HOST|SERVICE_PORT(_\w+)?)="
     r"|GATEWAY_(\w+_)?PORT_\d+_(TCP|UDP|SCTP)(_PROTO|_PORT|_ADDR)?="
     r"|GATEWAY_(\w+_)?PORT=(tcp|udp|sctp)://",
@@ -45,9 +46,20 @@ _NOT_SETTINGS = re.compile(
 )
 
 _is_host = re.compile(r"[0-9A-Za-z_.:%-]{1,255}").fullmatch
+_is_http_url = re.compile(r"https?://[0-9A-Za-z_.:%\[\]-]{1,255}(/[!-~]{0,500})?").fullmatch
+_is_state_url = re.compile(r"(sqlite:///|postgresql://)[!-~]{1,1000}").fullmatch
+_STATE_URLS = "sqlite:///PATH or postgresql://…"
+_split = BeforeValidator(  # an environment variable is text
+    lambda value: [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+)
+_is_few = _must(lambda entries: len(entries) <= 16, "a list of at most 16 entries")
 # An empty variable or key would otherwise mean the working directory.
 _is_path = _must(lambda value: isinstance(value, str | Path) and value != "", "a path")
 _FilePath = Annotated[Path, BeforeValidator(_is_path)]
+_is_secret = _must(
+    lambda value: isinstance(value, SecretStr | str) and len(value) >= 16,
+    "text of at least 16 characters",
+)
 
 
 class ServerSettings(BaseSettings, frozen=True, extra="forbid", use_attribute_docstrings=True):
@@ -67,6 +79,34 @@ class ServerSettings(BaseSettings, frozen=True, extra="forbid", use_attribute_do
     """Address the metrics port listens on."""
     metrics_port: Annotated[int, _between(0, 65535)] = 8002
     """Port of /metrics for Prometheus; 0: any free port."""
+    admin_host: Annotated[str, AfterValidator(_must(_is_host, "an address or a host name"))] = (
+        "127.0.0.1"
+    )
+    """Address the admin port listens on; beyond loopback an API key must exist."""
+    admin_port: Annotated[int, _between(0, 65535)] = 8081
+    """Admin port: versions, rollouts, events, dashboard; 0: any free port."""
+    state: Annotated[str, AfterValidator(_must(_is_state_url, _STATE_URLS))] | None = None
+    """Database of routes, rollouts, events and keys; null: .gateway/state.db in the model repository."""
+    model_roots: Annotated[tuple[_FilePath, ...], _split, AfterValidator(_is_few)] = ()
+    """Folders beside the repository that versions may be registered from; in text, with commas."""
+    max_artifact_bytes: Annotated[int, _between(1 << 10, 1 << 40)] = 2 << 30
+    """Largest model file that is taken as a body by the admin port."""
+    watch_repository: bool = False
+    """Whether new versions in the model repository are served as they appear."""
+    data_keys: bool = False
+    """Whether the data port asks inference requests for an API key."""
+    prometheus_url: Annotated[str, AfterValidator(_must(_is_http_url, "an http(s) URL"))] | None = (
+        None
+    )
+    """Prometheus server that rollouts may ask queries of; null: such metrics are refused."""
+    webhook_hosts: Annotated[
+        tuple[Annotated[str, AfterValidator(_must(_is_host, "a host name"))], ...],
+        _split,
+        AfterValidator(_is_few),
+    ] = ()
+    """Hosts that gates of rollouts may call, in text with commas; a gate with another host is refused."""
+    webhook_secret: Annotated[SecretStr, BeforeValidator(_is_secret)] | None = None
+    """Key of the signature (HMAC-SHA256) that calls of gates carry; null: they are not signed."""
     frontends: Annotated[int, _between(1, 64)] = 1
     """Processes that share the data port, each with queues and slots of its own."""
     strict_readiness: bool = False

@@ -9,6 +9,9 @@ import orjson
 
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(32), 127)}
 
+_CHATTY = ("alembic", "watchfiles")
+"""Libraries whose own progress is nobody's news."""
+
 
 class _TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
@@ -46,3 +49,5 @@ def configure(level: str, form: str) -> None:
     else:
         handler.setFormatter(_TextFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for chatty in _CHATTY:
+        logging.getLogger(chatty).setLevel(logging.WARNING)

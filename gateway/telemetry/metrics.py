@@ -1,8 +1,8 @@
 """Prometheus metrics and the Open Inference Protocol's statistics, both read from the ledgers.
 
 Nothing is kept here that is counted per request: front ends and workers count in shared memory
-(`gateway.telemetry.ledger`), and a scrape reads it. So every front end shows the same numbers, and they
-outlive the process that counted.
+(`gateway.telemetry.ledger`), and a scrape reads it. So every front end and the supervisor show the same
+numbers, and they outlive the process that counted.
 """
 
 from __future__ import annotations
@@ -24,6 +24,14 @@ OTHER_CODE = "other"
 """The label of HTTP statuses that have no cell of their own."""
 
 _LABELS = ("model", "version")
+
+_SHADOW = {
+    "compared": "Copies of other versions' requests whose outputs were compared.",
+    "agreed": "Copies whose outputs agreed.",
+    "dropped": "Copies that were not sent, as too many were on their way.",
+    "failed": "Copies that ended with an error.",
+}
+"""What is counted of the copies that a version gets as a shadow, and what it means."""
 
 Labels = tuple[str, ...]
 
@@ -55,19 +63,33 @@ class Statistics:
 
 
 class Metrics(Collector):
-    """The registry of one front end, and the versions that it shows."""
+    """The registry of one process, and the versions that it shows."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
         self.registry.register(self)
-        self._versions: dict[tuple[str, int], VersionMetrics] = {}
+        self._versions: dict[tuple[str, int], ShownVersion] = {}
 
     def version(self, model: str, version: int) -> VersionMetrics:
         """The metrics of one version, shown from now on in place of an earlier one's of that name."""
         made = self._versions[model, version] = VersionMetrics(self, model, version)
         return made
 
-    def forget(self, version: VersionMetrics) -> None:
+    def show(
+        self, model: str, version: int, ledger: Ledger, workers: dict[int, bool]
+    ) -> ShownVersion:
+        """The same for a process that counts nothing and only reads.
+
+        Args:
+            model: its name.
+            version: its number.
+            ledger: the version's; nothing is written to it.
+            workers: by instance, whether its worker is ready; the caller keeps it up to date.
+        """
+        made = self._versions[model, version] = ShownVersion(self, model, version, ledger, workers)
+        return made
+
+    def forget(self, version: ShownVersion) -> None:
         """Show it no longer; nothing where it is not shown."""
         key = version.model, version.version
         if self._versions.get(key) is version:
@@ -86,42 +108,82 @@ class Metrics(Collector):
         return families.all()
 
 
-class VersionMetrics:
-    """The metrics of one version of a model, as one front end counts and sees them.
+class ShownVersion:
+    """The metrics of one version of a model, for whoever looks at them. See `Metrics.show`.
+
+    Attributes:
+        ledger: where everybody counts.
+        workers: by instance, whether its worker is ready.
+    """
+
+    def __init__(
+        self,
+        metrics: Metrics,
+        model: str,
+        version: int,
+        ledger: Ledger,
+        workers: dict[int, bool],
+    ) -> None:
+        self._metrics = metrics
+        self.model = model
+        self.version = version
+        self.ledger = ledger
+        self.workers = workers
+
+    def remove(self) -> None:
+        """The version is unloaded: show it no longer. Again: nothing."""
+        self._metrics.forget(self)
+
+    @property
+    def statistics(self) -> Statistics:
+        """The protocol's statistics, as of now."""
+        snapshot = self.ledger.read()
+        requests, batches = snapshot.requests(), snapshot.batches()
+        return Statistics(
+            last_inference_ms=requests.last_inference_ms,
+            inference_count=requests.rows,
+            execution_count=batches.runs,
+            success=Duration(requests.succeeded, requests.success_ns),
+            fail=Duration(requests.failed, requests.fail_ns),
+            queue=Duration(requests.succeeded, requests.queue_ns),
+            compute_infer=Duration(requests.succeeded, requests.compute_ns),
+            batches={rows: Duration(*runs) for rows, runs in batches.by_rows.items()},
+        )
+
+
+class VersionMetrics(ShownVersion):
+    """The same as one front end counts and sees them. See `Metrics.version`.
 
     Before `attach` there is no ledger to share, and after `remove` none any more: meanwhile it counts in
     private memory.
 
     Attributes:
         counters: where this front end counts. `attach` and `remove` put another in its place.
-        ledger: where everybody counts.
-        is_attached: whether that is memory which everybody shares.
-        workers: by instance, whether its worker is ready.
+        slice_counters: where it counts requests of the version's slice instead, if there is one.
+        is_attached: whether the ledger is memory which everybody shares.
     """
 
     def __init__(self, metrics: Metrics, model: str, version: int) -> None:
-        self._metrics = metrics
+        super().__init__(metrics, model, version, Ledger.private(), {})
         self._frontend = 0
         self.is_attached = False
-        self.model = model
-        self.version = version
-        self.workers: dict[int, bool] = {}
-        self.ledger = Ledger.private()
         self.counters = self.ledger.requests(self._frontend)
+        self.slice_counters = self.ledger.slice(self._frontend)
 
     def attach(self, ledger: Ledger, frontend: int) -> None:
         """Count where everybody does from now on, and take there what was counted before.
 
         Args:
             ledger: the version's.
-            frontend: index of this front end, whose section it writes.
+            frontend: index of this front end, whose sections it writes.
         """
-        counters = ledger.requests(frontend)
+        counters, slice_counters = ledger.requests(frontend), ledger.slice(frontend)
         if not self.is_attached:
             counters.absorb(self.counters)
+            slice_counters.absorb(self.slice_counters)
         self.is_attached = True
         self._frontend = frontend
-        self.ledger, self.counters = ledger, counters
+        self.ledger, self.counters, self.slice_counters = ledger, counters, slice_counters
 
     def answered(self, rows: int, total_ns: int, queue_ns: int, compute_ns: int) -> None:
         """A request of `rows` rows was answered with its outputs."""
@@ -145,27 +207,12 @@ class VersionMetrics:
         It goes on counting: requests that name a version which is unloaded are answered, but not worth a
         series for ever.
         """
-        self._metrics.forget(self)
+        super().remove()
         if self.is_attached:
             self.is_attached = False
             self.ledger = self.ledger.copy()
             self.counters = self.ledger.requests(self._frontend)
-
-    @property
-    def statistics(self) -> Statistics:
-        """The protocol's statistics, as of now."""
-        snapshot = self.ledger.read()
-        requests, batches = snapshot.requests(), snapshot.batches()
-        return Statistics(
-            last_inference_ms=requests.last_inference_ms,
-            inference_count=requests.rows,
-            execution_count=batches.runs,
-            success=Duration(requests.succeeded, requests.success_ns),
-            fail=Duration(requests.failed, requests.fail_ns),
-            queue=Duration(requests.succeeded, requests.queue_ns),
-            compute_infer=Duration(requests.succeeded, requests.compute_ns),
-            batches={rows: Duration(*runs) for rows, runs in batches.by_rows.items()},
-        )
+            self.slice_counters = self.ledger.slice(self._frontend)
 
 
 class _Families:
@@ -212,6 +259,10 @@ class _Families:
             "Workers started anew after a death.",
             labels=(*_LABELS, "instance"),
         )
+        self._shadow = {
+            name: CounterMetricFamily(f"gateway_shadow_{name}", text, labels=_LABELS)
+            for name, text in _SHADOW.items()
+        }
 
     def add(self, labels: Labels, snapshot: Snapshot, workers: dict[int, bool]) -> None:
         """One version's series; `workers` says which instances are ready."""
@@ -239,6 +290,13 @@ class _Families:
             self._worker_restarts.add_metric(
                 (*labels, str(instance)), max(0, snapshot.workers[instance].starts - 1)
             )
+        for name, count in (
+            ("compared", requests.compared),
+            ("agreed", requests.agreed),
+            ("dropped", requests.shadow_dropped),
+            ("failed", requests.shadow_failed),
+        ):
+            self._shadow[name].add_metric(labels, count)
 
     def all(self) -> Iterator[Metric]:
         """Each with its samples, in the order in which they are shown."""
@@ -253,6 +311,7 @@ class _Families:
             self._queue_depth,
             self._worker_up,
             self._worker_restarts,
+            *self._shadow.values(),
         )
 
 

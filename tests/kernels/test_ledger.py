@@ -26,7 +26,11 @@ FRONTENDS, WORKERS = 2, 3
 LARGEST = 2**64 - 1
 DEADLINE_S = 60
 FUZZ = settings(deadline=None, max_examples=80)
-CONSTANTS = ("CODES", "DURATION_BOUNDS_NS", "ROW_BOUNDS", "EXACT_ROWS", "LAYOUT")
+CONSTANTS = (
+    *("CODES", "DURATION_BOUNDS_NS", "ROW_BOUNDS", "EXACT_ROWS", "LAYOUT"),
+    *("SKETCH_BOUNDS_NS", "ROW_CLASSES"),
+)
+SECTIONS = 2 * FRONTENDS  # of requests
 
 
 @pytest.fixture(scope="module", params=IMPLEMENTATIONS)
@@ -55,9 +59,13 @@ def read(ledger: ModuleType, board: Any) -> tuple[list[dict], list[dict]]:
     return ledger.read(board, OFFSET, FRONTENDS, WORKERS)
 
 
+def sketches(ledger: ModuleType, board: Any) -> tuple[dict, dict, dict]:
+    return ledger.sketches(board, OFFSET, FRONTENDS, WORKERS)
+
+
 def values(section: dict) -> list[int]:
     """All counters of a section, in an order that stays; neither gauges nor ``by_rows``."""
-    gauges = ("in_flight", "waiting", "last_inference_ms", "by_rows")
+    gauges = ("waiting", "last_inference_ms", "by_rows")
     found = (v if isinstance(v, tuple) else (v,) for k, v in section.items() if k not in gauges)
     return [number for numbers in found for number in numbers]
 
@@ -90,9 +98,9 @@ def test_sizes_that_no_version_has(ledger, sizes):
 
 def test_a_section_must_lie_on_the_board(ledger):
     board = fresh()
-    frontend(ledger, board, FRONTENDS - 1)
+    frontend(ledger, board, SECTIONS - 1)
     frontend(ledger, bytearray(len(board)), 0)
-    for index in (FRONTENDS, 10_000, -1, 2**40):
+    for index in (SECTIONS, 10_000, -1, 2**40):
         with pytest.raises(ValueError, match=r"."):
             frontend(ledger, board, index)
     for seat in (10_000, -1, 2**40):
@@ -101,12 +109,15 @@ def test_a_section_must_lie_on_the_board(ledger):
     for offset in (-8, OFFSET + 8, len(board), 2**62, OFFSET - 4):
         with pytest.raises(ValueError, match=r"."):
             ledger.read(board, offset, FRONTENDS, WORKERS)
+        with pytest.raises(ValueError, match=r"."):
+            ledger.sketches(board, offset, FRONTENDS, WORKERS)
     assert board == fresh()[:OFFSET] + board[OFFSET:]
 
 
 def test_writers_need_a_writable_board_and_readers_do_not(ledger):
     board = bytes(fresh())
     assert read(ledger, board) == read(twin, board)
+    assert sketches(ledger, board) == ({}, {}, {})
     for make in (frontend, worker):
         with pytest.raises((BufferError, TypeError)):
             make(ledger, board)
@@ -116,6 +127,7 @@ def test_a_board_is_held_for_as_long_as_it_is_written(compiled):
     board = mmap.mmap(-1, len(fresh()))
     counters = [frontend(compiled, board), worker(compiled, board)]
     read(compiled, board)
+    sketches(compiled, board)
     while counters:
         with pytest.raises(BufferError):
             board.close()
@@ -130,24 +142,28 @@ NUMBERS = st.one_of(
     st.integers(0, LARGEST),
     st.builds(
         lambda bound, by: bound + by,
-        st.sampled_from(twin.DURATION_BOUNDS_NS),
+        st.sampled_from(twin.DURATION_BOUNDS_NS + twin.SKETCH_BOUNDS_NS),
         st.integers(-1, 1),
     ),
 )
 STEPS = st.one_of(
     st.tuples(
         st.just("answered"),
-        st.integers(0, FRONTENDS - 1),
+        st.integers(0, SECTIONS - 1),
         st.tuples(NUMBERS, NUMBERS, NUMBERS, NUMBERS),
     ),
     st.tuples(
         st.just("failed"),
-        st.integers(0, FRONTENDS - 1),
+        st.integers(0, SECTIONS - 1),
         st.tuples(st.one_of(st.sampled_from(twin.CODES), st.integers(-1, 600)), NUMBERS),
     ),
-    st.tuples(st.just("gauges"), st.integers(0, FRONTENDS - 1), st.tuples(NUMBERS, NUMBERS)),
-    st.tuples(st.just("absorb"), st.integers(0, FRONTENDS - 1), st.just(())),
-    st.tuples(st.just("frontend"), st.integers(0, FRONTENDS - 1), st.just(())),
+    st.tuples(st.just("compared"), st.integers(0, SECTIONS - 1), st.tuples(st.booleans())),
+    st.tuples(
+        st.sampled_from(["shadow_dropped", "shadow_failed", "absorb", "frontend"]),
+        st.integers(0, SECTIONS - 1),
+        st.just(()),
+    ),
+    st.tuples(st.just("waiting"), st.integers(0, SECTIONS - 1), st.tuples(NUMBERS)),
     st.tuples(
         st.just("batch"),
         st.integers(0, WORKERS - 1),
@@ -163,15 +179,15 @@ class Fleet:
     def __init__(self, ledger: ModuleType):
         self.ledger = ledger
         self.board = fresh()
-        self.frontends = [frontend(ledger, self.board, i) for i in range(FRONTENDS)]
+        self.frontends = [frontend(ledger, self.board, i) for i in range(SECTIONS)]
         self.workers = [worker(ledger, self.board, i) for i in range(WORKERS)]
 
     def take(self, step: str, index: int, arguments: tuple[int, ...]) -> None:
         match step:
-            case "answered" | "failed":
+            case "answered" | "failed" | "compared" | "shadow_dropped" | "shadow_failed":
                 getattr(self.frontends[index], step)(*arguments)
-            case "gauges":
-                self.frontends[index].in_flight, self.frontends[index].waiting = arguments
+            case "waiting":
+                (self.frontends[index].waiting,) = arguments
             case "absorb":
                 self.frontends[index].absorb(self.frontends[0])
             case "frontend":
@@ -184,8 +200,8 @@ class Fleet:
     def untimed(self) -> bytes:
         """The board without the one thing that is taken from a clock."""
         copy = bytearray(self.board)
-        for i in range(FRONTENDS):
-            at = OFFSET + WORKERS * twin.LAYOUT["batches"] + i * twin.LAYOUT["requests"] + 24
+        for i in range(SECTIONS):
+            at = OFFSET + WORKERS * twin.LAYOUT["batches"] + i * twin.LAYOUT["requests"] + 16
             copy[at : at + 8] = bytes(8)
         return bytes(copy)
 
@@ -199,6 +215,7 @@ def test_kernel_and_twin_leave_the_same_bytes_and_read_them_alike(compiled, step
         model.take(*step)
     assert fleet.untimed() == model.untimed()
     assert read(compiled, fleet.board) == read(twin, fleet.board)
+    assert sketches(compiled, fleet.board) == sketches(twin, fleet.board)
 
 
 def test_every_value_finds_its_bucket(ledger):
@@ -208,7 +225,7 @@ def test_every_value_finds_its_bucket(ledger):
         board = fresh()
         frontend(ledger, board).answered(1, ns, ns, 0)
         worker(ledger, board).batch(ns, ns)
-        (requests, _), (batches, *_) = read(ledger, board)
+        (requests, *_), (batches, *_) = read(ledger, board)
         of_ns = bisect_left(ledger.DURATION_BOUNDS_NS, ns)
         for name in ("request_buckets", "queue_buckets"):
             assert [i for i, n in enumerate(requests[name]) if n] == [of_ns], (name, ns)
@@ -223,8 +240,8 @@ def test_what_a_request_counts(ledger):
     frontend(ledger, board, 1).answered(3, 5_000_000, 200_000, 4_000_000)
     frontend(ledger, board, 1).failed(429, 70)
     frontend(ledger, board, 1).failed(418, 7)
-    other, section = read(ledger, board)[0]
-    assert not any(values(other))
+    section = read(ledger, board)[0].pop(1)
+    assert not any(any(values(other)) for i, other in enumerate(read(ledger, board)[0]) if i != 1)
     assert dict(zip(ledger.CODES, section["codes"], strict=True)) == {
         **dict.fromkeys(ledger.CODES, 0), 200: 1, 429: 1, 0: 1,
     }  # fmt: skip
@@ -284,17 +301,18 @@ def test_a_successor_counts_on_and_its_gauges_begin_at_zero(ledger):
     board = fresh()
     counters = frontend(ledger, board)
     counters.answered(1, 2, 3, 4)
-    counters.in_flight = counters.waiting = 5
-    assert (counters.in_flight, counters.waiting) == (5, 5)
+    counters.waiting = 5
+    assert counters.waiting == 5
     worker(ledger, board).batch(1, 2)
     successor = frontend(ledger, board)
-    assert (successor.in_flight, successor.waiting) == (0, 0)
+    assert successor.waiting == 0
     assert successor.last_inference_ms > 0
     successor.answered(1, 2, 3, 4)
     worker(ledger, board).batch(1, 2)
-    (requests, _), (batches, *_) = read(ledger, board)
+    (requests, *_), (batches, *_) = read(ledger, board)
     assert (requests["rows"], requests["success_ns"]) == (2, 4)
     assert (batches["starts"], batches["by_rows"]) == (2, {1: (2, 4)})
+    assert sketches(ledger, board) == ({0: 2}, {}, {1: {0: 2}})
 
 
 @pytest.mark.parametrize("at", range(8))
@@ -310,8 +328,9 @@ def test_a_section_with_another_head_begins_at_zero_and_leaves_its_neighbours(le
     fleet.take("frontend", 0, ())
     fleet.take("worker", 1, ())
     requests, batches = read(ledger, fleet.board)
-    assert [section["fail_ns"] for section in requests] == [0, 9]
+    assert [section["fail_ns"] for section in requests] == [0, 9, 9, 9]
     assert [section["run_ns"] for section in batches] == [9, 0, 9]
+    assert sketches(ledger, fleet.board) == ({}, {}, {1: {0: 2}})
     assert [section["starts"] for section in batches] == [1, 1, 1]
 
 
@@ -327,9 +346,95 @@ def test_absorbing_adds_counters_and_no_gauges(ledger):
     section = read(ledger, board)[0][1]
     assert section["codes"][:2] == (1, 2)
     assert (section["fail_ns"], section["rows"], section["waiting"]) == (11, 5, 2)
+    assert sketches(ledger, board)[0] == {0: 1}
+
+
+# Sketches
+
+
+def test_a_duration_is_in_the_bucket_between_whose_bounds_it_is(ledger):
+    bounds = ledger.SKETCH_BOUNDS_NS
+    assert (bounds[0], bounds[-1]) == (2**10 + 2**5, 2**36)
+    assert all(a < b <= 1.032 * a for a, b in pairwise(bounds))
+    for i, bound in enumerate(bounds[:-1]):
+        assert (ledger.sketch_bucket(bound - 1), ledger.sketch_bucket(bound)) == (i, i + 1)
+    for ns in (0, 1, 2**10 - 1, 2**10):
+        assert ledger.sketch_bucket(ns) == 0
+    for ns in (2**36 - 1, 2**36, 2**37, LARGEST):
+        assert ledger.sketch_bucket(ns) == len(bounds) - 1
+    for ns in (-1, 2**64):
+        with pytest.raises(OverflowError):
+            ledger.sketch_bucket(ns)
+
+
+@FUZZ
+@given(ns=st.one_of(NUMBERS, st.integers(2**10, 2**36)))
+def test_any_duration_finds_its_bucket(compiled, ns):
+    assert compiled.sketch_bucket(ns) == twin.sketch_bucket(ns)
+
+
+def test_sketches_are_sums_and_of_slices_apart(ledger):
+    board = fresh()
+    for index, ns in ((0, 5_000), (1, 5_000), (FRONTENDS, 5_001), (SECTIONS - 1, 2**40)):
+        frontend(ledger, board, index).answered(1, ns, 7, 9)
+        frontend(ledger, board, index).failed(500, 77_000_000)
+    latency, slices, compute = sketches(ledger, board)
+    short, last = ledger.sketch_bucket(5_000), len(ledger.SKETCH_BOUNDS_NS) - 1
+    assert latency == {short: 3, last: 1}
+    assert slices == {short: 1, last: 1}
+    assert compute == {}
+
+
+def test_runs_are_sketched_by_class_of_rows(ledger):
+    board = fresh()
+    for seat, rows in ((0, 1), (1, 2), (2, 3), (0, 4), (1, 128), (2, 129), (0, 513), (1, LARGEST)):
+        worker(ledger, board, seat).batch(rows, 1_000_000)
+    place = ledger.sketch_bucket(1_000_000)
+    expected = {1: 1, 2: 1, 4: 2, 128: 1, 0: 3}
+    assert sketches(ledger, board)[2] == {rows: {place: n} for rows, n in expected.items()}
+
+
+def test_sums_of_sketches_wrap_as_64_bits_do(ledger):
+    board = fresh()
+    for index in range(2):
+        frontend(ledger, board, index).answered(1, 0, 0, 0)
+        at = OFFSET + WORKERS * twin.LAYOUT["batches"] + index * twin.LAYOUT["requests"]
+        cell = at + 8 * twin.LATENCY
+        board[cell : cell + 8] = (LARGEST - 2 * index).to_bytes(8, "little")
+    assert sketches(ledger, board)[0] == {0: LARGEST - 3}
+
+
+def test_what_nobody_counted_in_takes_no_memory(compiled):
+    fd = os.memfd_create("ledger")
+    os.ftruncate(fd, OFFSET + compiled.ledger_bytes(1, 1))
+    with mmap.mmap(fd, 0) as board:
+        requests = [compiled.RequestCounters(board, OFFSET, 1, index) for index in range(2)]
+        requests[1].absorb(requests[0])
+        requests[0].answered(1, 5_000, 7, 9)
+        batches = compiled.BatchCounters(board, OFFSET, 0)
+        batches.batch(1, 4_000)
+        compiled.read(board, OFFSET, 1, 1)
+        compiled.sketches(board, OFFSET, 1, 1)
+        resident_bytes = os.fstat(fd).st_blocks * 512
+        del requests, batches
+    os.close(fd)
+    assert 0 < resident_bytes < compiled.LAYOUT["batches"] // 2
 
 
 # Whatever lies there
+
+HEADS = (
+    *(
+        OFFSET + i * twin.LAYOUT["batches"] + at
+        for i in range(WORKERS)
+        for at in (16, 56, 120, 144)
+    ),
+    *(
+        OFFSET + WORKERS * twin.LAYOUT["batches"] + i * twin.LAYOUT["requests"] + at
+        for i in range(SECTIONS)
+        for at in (0, 24, 8 * twin.LATENCY)
+    ),
+)
 
 
 @FUZZ
@@ -337,7 +442,7 @@ def test_absorbing_adds_counters_and_no_gauges(ledger):
 def test_any_bytes_are_numbers(compiled, data):
     board = fresh()
     for _ in range(data.draw(st.integers(1, 6))):
-        at = data.draw(st.integers(0, len(board) - 1))
+        at = data.draw(st.one_of(st.integers(0, len(board) - 1), st.sampled_from(HEADS)))
         noise = data.draw(st.binary(min_size=1, max_size=64))[: len(board) - at]
         board[at : at + len(noise)] = noise
     if data.draw(st.booleans()):
@@ -346,6 +451,7 @@ def test_any_bytes_are_numbers(compiled, data):
     assert found == read(twin, board)
     for section in (*found[0], *found[1]):
         assert all(0 <= number <= LARGEST for number in values(section))
+    assert sketches(compiled, board) == sketches(twin, board)
     frontend(compiled, board).answered(1, 2, 3, 4)
     worker(compiled, board).batch(1, 2)
 
@@ -402,13 +508,16 @@ def test_what_a_killed_writer_counted_stays_and_its_successor_goes_on(build, sha
     for _ in range(3):
         with writer(build, fd) as process:
             until_counted(board, 1000, process)
-        (requests, _), (batches, *_) = read(load(build, "ledger"), board)
+        (requests, *_), (batches, *_) = read(load(build, "ledger"), board)
         assert requests["rows"] >= counted + 1000
         counted = requests["rows"]
         # At most one step of each writer was cut short.
         assert abs(requests["success_ns"] - 3 * counted) <= 9
         assert abs(requests["codes"][0] - counted) <= 3
         assert abs(batches["rows"] - counted) <= 6
+        latency, _slices, compute = sketches(load(build, "ledger"), board)
+        assert abs(latency[0] - counted) <= 3
+        assert abs(compute[1][0] - counted) <= 6
     assert batches["starts"] == 3
 
 
@@ -421,9 +530,11 @@ def test_a_reader_sees_every_number_grow_while_it_is_written(build, shared):
         last, first = [0], 0
         deadline_s = time.monotonic() + DEADLINE_S
         while last[0] < first + 5000:
-            (requests, _), (batches, *_) = read(ledger, board)
+            (requests, *_), (batches, *_) = read(ledger, board)
+            latency, _slices, compute = sketches(ledger, board)
             runs, run_ns = batches["by_rows"].get(1, (0, 0))
             seen = [requests["rows"], runs, run_ns, *values(requests), *values(batches)]
+            seen += [latency.get(0, 0), compute.get(1, {}).get(0, 0)]
             if first:
                 assert all(now >= then for now, then in zip(seen, last, strict=True))
             first, last = first or seen[0], seen

@@ -19,13 +19,13 @@ STOP_DEADLINE_S = 60
 LANES = {"fast": {}, "aiohttp": {"GATEWAY_FAST_LANE": "false"}}
 """What the environment has for a server whose plain requests take one lane or the other."""
 
-_SERVING = re.compile(r"serving \d+ model versions on (\S+), metrics on (\S+)")
+_SERVING = re.compile(r"serving \d+ model versions on (\S+), metrics on (\S+), admin on (\S+)")
 
 
 class Server:
     """``gateway serve`` in a process of its own.
 
-    ``url`` and ``metrics_url`` are known after `start` (or entering the context); ``lines`` holds what it
+    ``url``, ``metrics_url`` and ``admin_url`` are known after `start` (or entering the context); ``lines`` holds what it
     wrote to standard error so far.
     """
 
@@ -39,12 +39,12 @@ class Server:
     ) -> None:
         self._cwd = cwd
         self.repository = repository
-        self.url = self.metrics_url = ""
+        self.url = self.metrics_url = self.admin_url = ""
         self.lines: list[str] = []
         self._changed = threading.Condition()
         self._command = [
             python, "-m", "gateway", "serve", "--model-repository", str(repository),
-            "--port", "0", "--metrics-port", "0", *flags,
+            "--port", "0", "--metrics-port", "0", "--admin-port", "0", *flags,
         ]  # fmt: skip
         self._env = {**os.environ, **env}
         self.process: subprocess.Popen[str] | None = None
@@ -66,7 +66,7 @@ class Server:
             self.process.kill()
             self.process.wait()
             raise
-        self.url, self.metrics_url = match[1], match[2]
+        self.url, self.metrics_url, self.admin_url = match.groups()
         return self
 
     def launch(self) -> None:

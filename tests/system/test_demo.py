@@ -23,7 +23,7 @@ DEADLINE_S = 60
 
 
 def command(*flags: str) -> list[str]:
-    ports = ["--port", "0", "--metrics-port", "0"]
+    ports = ["--port", "0", "--metrics-port", "0", "--admin-port", "0"]
     return [sys.executable, "-m", "gateway", "demo", *ports, *flags]
 
 
@@ -125,6 +125,29 @@ def test_printed_commands_work_and_interrupt_leaves_nothing_behind(root):
         assert "Traceback" not in rest
         for pid in family:
             wait_gone(pid)
+
+
+def test_printed_rollouts_end_as_they_say(root):
+    before = {path: path.stat().st_mtime_ns for path in (root / "examples").rglob("*")}
+    with running_demo("--rate", "400") as demo:
+        text = "\n".join(read_until(demo, "Light traffic goes on"))
+        assert re.search(
+            r"^Watch it all in a browser: http://127\.0\.0\.1:\d+/$", text, re.MULTILINE
+        )
+        good, broken = re.findall(r"^.* rollout start digits .*$", text, re.MULTILINE)
+
+        # Found out in the step of copies, before it answers anybody.
+        failed = subprocess.run(["sh", "-c", f"{broken} --json"], capture_output=True, text=True)
+        assert failed.returncode == 1, failed.stderr
+        rollout = json.loads(failed.stdout)
+        assert (rollout["state"], rollout["step"]) == ("ABORTED", 0)
+        assert rollout["verdicts"]["agreement"]["outcome"] == "fail"
+
+        assert json.loads(shell(f"{good} --json"))["state"] == "SUCCEEDED"
+        demo.terminate()
+        rest, _ = demo.communicate(timeout=DEADLINE_S)
+        assert re.search(r"^Sent [\d,]+ requests; 0 of them failed\.$", rest, re.MULTILINE), rest
+    assert {path: path.stat().st_mtime_ns for path in (root / "examples").rglob("*")} == before
 
 
 def test_interrupted_tour_is_a_failure_when_it_was_all_that_was_wanted():

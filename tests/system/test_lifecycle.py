@@ -265,7 +265,7 @@ def run_serve(
     repository: Path, *flags: str, **environment: str
 ) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "gateway", "serve", "--model-repository", str(repository)]
-    ports = ["--port", "0", "--metrics-port", "0"]
+    ports = ["--port", "0", "--metrics-port", "0", "--admin-port", "0"]
     return subprocess.run(
         [*command, *ports, *flags],
         env={**os.environ, **environment},

@@ -11,16 +11,22 @@ import json
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 
 from gateway._kernels.fastlane import Connection
-from gateway.frontend.frontdoor import FrontDoor
+from gateway._kernels.templates import Route
+from gateway.frontend.frontdoor import Fork, FrontDoor
+from gateway.frontend.guard import Guard
 from gateway.frontend.inference import CLIENT_GONE
+from gateway.frontend.mirror import Mirror
+from gateway.security.keys import key_digest, make_key
 from gateway.serving.options import FrontendOptions
 from gateway.serving.request import State
 from gateway.serving.routes import RouteTable, Version, VersionState
+from gateway.serving.routing import ModelRoute, Pin, Share
 from gateway.tensors import DATATYPES, Signature, TensorSpec
 from tests.twins.ledger import CODES
 from tests.unit.test_dispatcher import FAR_US, KILL, Bench, Loop
@@ -52,6 +58,17 @@ PAIR = Signature(
 """Two inputs, of which each output repeats one."""
 
 
+class Handle(NamedTuple):
+    """Of a call that is pending. In no cycle: what it would be called with goes when it is let go of."""
+
+    pending: list
+    entry: tuple
+
+    def cancel(self) -> None:
+        if self.entry in self.pending:
+            self.pending.remove(self.entry)
+
+
 class Turns(Loop):
     """What is to be called soon is called when the test says so."""
 
@@ -61,6 +78,11 @@ class Turns(Loop):
 
     def call_soon(self, function, *args) -> None:
         self.soon.append((function, args))
+
+    def call_later(self, delay_s, function, *args) -> Handle:
+        handle = Handle(self.pending, (delay_s, function, args))
+        self.pending.append(handle.entry)
+        return handle
 
     def turn(self) -> None:
         """The next turn of the loop."""
@@ -74,12 +96,13 @@ class Transport:
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
+        self.peer: tuple[str, int] | None = None
         self.rest = b""
         self.is_reading = True
         self.is_closed = False
 
-    def get_extra_info(self, _name: str) -> socket.socket:
-        return self._end
+    def get_extra_info(self, name: str) -> object:
+        return self._end if name == "socket" else self.peer
 
     def get_write_buffer_size(self) -> int:
         return len(self.rest)
@@ -202,8 +225,26 @@ class Front:
         self.version = Version(
             "m", 1, bench.metrics, VersionState.READY, "", bench.signature, bench.dispatcher
         )
-        self.table.models, self.table.routes = {"m": {1: self.version}}, {"m": 1}
-        self.door = CountingDoor(self.table, None, {}, OPTIONS)  # nothing is for aiohttp here
+        self.table.models, self.table.routes = {"m": {1: self.version}}, {"m": ModelRoute.to(1)}
+        self.guard = Guard()
+        self.mirror = Mirror(OPTIONS.max_request_bytes)
+        # Nothing is for aiohttp here.
+        self.door = CountingDoor(self.table, None, {}, OPTIONS, self.mirror, self.guard)
+
+    def add(self, **options) -> Bench:
+        """Another version of the model, numbered on; its bench."""
+        bench = Bench(**options)
+        self._stack.callback(bench.close)
+        number = len(self.table.models["m"]) + 1
+        self.table.models["m"][number] = Version(
+            "m", number, bench.metrics, VersionState.READY, "", bench.signature, bench.dispatcher
+        )
+        return bench
+
+    def direct(self, route: ModelRoute) -> None:
+        """The supervisor gives the model another route."""
+        self.table.direct("m", route, {})
+        self.door.forget_routes()
 
     def connect(self) -> Client:
         client = Client(self)
@@ -720,8 +761,117 @@ def test_another_target_on_the_same_connection_is_another_route(make_front):
         front.run()
         status, headers, _ = client.answer()
         assert (status, headers["x-model-version"]) == (200, version)
-    front.table.routes["m"] = 2
-    front.door.forget_routes()
+    front.direct(ModelRoute.to(2))
     client.send(ask(1))
     front.run()
     assert client.answer()[1]["x-model-version"] == "2"
+
+
+# Routes that differ by request
+
+TO_2 = ModelRoute(ModelRoute.to(1).shares, pins=(Pin("x-to", "2", 2),))
+"""Everything goes to version 1 but what is pinned to version 2."""
+
+
+def tripled(arrays):
+    return [3 * arrays["x"]]
+
+
+def pinned(request: bytes, value: str = "2") -> bytes:
+    """The same request with a header."""
+    return request.replace(b"\r\n", f"\r\nX-To: {value}\r\n".encode(), 1)
+
+
+@pytest.mark.parametrize("request_of", REQUESTS)
+def test_what_one_version_taught_is_not_used_for_another(make_front, request_of):
+    front = make_front()
+    other = front.add(model=tripled)
+    front.direct(TO_2)
+    client = front.connect()
+    for round_number in range(4):
+        served = front.door.served
+        for request, times in ((request_of(5), 2), (pinned(request_of(5)), 3)):
+            for _ in range(2):
+                client.send(request)
+                front.run()
+                other.run_all(other.workers[0])
+                front.bench.deliver()
+                assert client.rows() == [5.0 * times, 5.5 * times]
+        assert (front.door.served == served) == (round_number > 0)  # both are known by then
+
+
+def test_a_plain_route_asks_nobody(make_front):
+    front = make_front()
+    front.add()
+    targets = (b"/v2/models/m/infer", b"/v1/models/m:predict", b"/v2/models/m/versions/2/infer")
+    assert {type(front.door.resolve(target)) for target in targets} == {Route}
+    front.direct(TO_2)
+    assert [type(front.door.resolve(target)) for target in targets] == [Fork, Fork, Route]
+
+
+def test_a_version_without_workers_is_stood_in_for(make_front):
+    front = make_front()
+    front.add(workers=0)
+    front.direct(TO_2)
+    client = front.connect()
+    client.send(pinned(ask(1)))
+    front.run()
+    status, headers, _ = client.answer()
+    assert (status, headers["x-model-version"]) == (200, "1")
+
+
+def test_a_slice_is_counted_by_itself(make_front):
+    front = make_front()
+    client = front.connect()
+    for is_slice in (True, False, True):
+        front.direct(ModelRoute((Share(1, 9999, is_slice), Share(1, 1))))
+        for _ in range(3):  # of the general parsers' and of the kernel's
+            client.send(ask(1))
+            front.run()
+            assert client.answer()[0] == 200
+    snapshot = front.bench.metrics.ledger.read()
+    assert 4 <= snapshot.slices().succeeded <= 6  # one in 10,000 goes to the other share
+    assert snapshot.requests().succeeded == 9
+
+
+# Keys
+
+
+class Refused(Exception):
+    """A request went to aiohttp, which would refuse it."""
+
+
+def test_without_a_key_aiohttp_is_to_refuse(make_front, monkeypatch):
+    front = make_front()
+    front.learn(ask(1))
+    _, text = make_key()
+    secret = bytes(range(32))
+    key = {"digest": key_digest(secret, text), "role": "infer", "models": ["m"], "expires_s": None}
+    front.guard.update(required=True, secret=secret, keys=[key])
+    front.door.forget_routes()
+
+    def step_aside(_connection):
+        raise Refused
+
+    monkeypatch.setattr(front.door, "step_aside", step_aside, raising=False)
+    client = front.connect()
+    _, _, body = ask(1).partition(b"\r\n\r\n")
+    for _ in range(3):
+        client.send(post(body, authorization=f"Bearer {text}"))
+        front.run()
+        assert client.rows() == doubled(1)
+    for headers in ({}, {"authorization": "Bearer x"}, {"authorization": text}):
+        with pytest.raises(Refused):
+            front.connect().send(post(body, **headers))
+    front.guard.update(required=False, secret=b"", keys=[])
+    front.door.forget_routes()
+    client.send(ask(1))
+    front.run()
+    assert client.rows() == doubled(1)
+
+
+def test_what_a_connection_tells_of_a_request_is_gone_with_it(make_front):
+    front = make_front()
+    client = front.connect()
+    client.send(pinned(ask(1)))
+    assert client.connection.header("x-to") is None

@@ -14,16 +14,18 @@ RANKS = {
     "names": -1,
     "yamlfile": -1,  # what settings are read from
     "settings": 0, "clock": 0, "tensors": 0, "bytestrings": 0, "_kernels": 0,
-    "telemetry": 1, "protocols": 1, "client": 1,
-    "serving": 2,
-    "frontend": 3, "control": 3,
-    "app": 4, "cli": 5, "__main__": 6,
+    "telemetry": 1, "protocols": 1, "client": 1, "security": 1, "store": 1,
+    "serving": 2, "rollout": 3,
+    "frontend": 4, "control": 4,
+    "admin": 5, "app": 6, "cli": 7, "__main__": 8,
 }  # fmt: skip
 
 PRIVATE_TO = {
     "onnxruntime": {"gateway.serving.session"},
-    "aiohttp": {"gateway.frontend", "gateway.cli", "gateway.client"},
-    "pydantic": {"gateway.settings"},
+    "aiohttp": {"gateway.frontend", "gateway.control", "gateway.admin", "gateway.cli", "gateway.client"},
+    "pydantic": {"gateway.settings", "gateway.rollout", "gateway.admin"},
+    "sqlalchemy": {"gateway.store"},
+    "alembic": {"gateway.store"},
     "pickle": set(),
     "multiprocessing": set(),
 }

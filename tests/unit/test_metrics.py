@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gateway import errors
 from gateway._kernels import ledger as kernel
 from gateway._kernels import ring
-from gateway.telemetry.ledger import Ledger, board_bytes
+from gateway.telemetry.ledger import SKETCH_BOUNDS_NS, Ledger, board_bytes, rows_class
 from gateway.telemetry.metrics import Metrics, VersionMetrics
 
 FRONTENDS, WORKERS = 2, 3
@@ -71,7 +71,8 @@ def use_all(version: VersionMetrics) -> None:
 def test_a_ledger_knows_from_its_size_how_many_front_ends_there_are():
     for frontends, workers in ((1, 1), (1, 4), (3, 1), (64, 2)):
         snapshot = Ledger(bytearray(board_bytes(frontends, workers)), workers).read()
-        assert (len(snapshot.frontends), len(snapshot.workers)) == (frontends, workers)
+        assert len(snapshot.frontends) == len(snapshot.frontend_slices) == frontends
+        assert len(snapshot.workers) == workers
 
 
 def test_a_board_without_a_ledger_is_refused():
@@ -84,6 +85,7 @@ def test_the_ledger_leaves_the_seats_alone():
     ledger = Ledger(board, WORKERS)
     for index in range(FRONTENDS):
         ledger.requests(index).failed(400, 2**64 - 1)
+        ledger.slice(index).failed(400, 2**64 - 1)
     for seat in range(WORKERS):
         ledger.batches(seat).batch(1, 1)
     assert not any(board[: ring.board_bytes(WORKERS)])
@@ -131,6 +133,63 @@ def test_the_statistics_of_a_version():
     assert s.last_inference_ms > 0
 
 
+def test_a_slice_is_summed_by_itself_and_with_the_rest():
+    ledger = Ledger(bytearray(board_bytes(FRONTENDS, WORKERS)), WORKERS)
+    ledger.requests(0).answered(1, 10_000, 20, 30)
+    ledger.requests(1).answered(2, 20_000, 20, 30)
+    ledger.slice(0).answered(4, 30_000, 20, 30)
+    ledger.slice(1).failed(503, 5)
+    snapshot, sketches = ledger.read(), ledger.sketches()
+    whole, part = snapshot.requests(), snapshot.slices()
+    assert (whole.rows, whole.by_code) == (7, {200: 3, 503: 1})
+    assert (part.rows, part.by_code) == (4, {200: 1, 503: 1})
+    assert part.last_inference_ms == whole.last_inference_ms > 0
+    assert [section.rows for section in snapshot.frontends] == [1, 2]
+    assert [section.rows for section in snapshot.frontend_slices] == [4, 0]
+    of = [kernel.sketch_bucket(ns) for ns in (10_000, 20_000, 30_000)]
+    assert sketches.latency == dict.fromkeys(of, 1)
+    assert sketches.slice_latency == {of[2]: 1}
+
+
+@pytest.mark.parametrize("frontend", [-1, FRONTENDS, 2 * FRONTENDS])
+def test_a_front_end_that_the_ledger_was_not_made_for_gets_no_section(frontend):
+    board = bytearray(board_bytes(FRONTENDS, WORKERS))
+    ledger = Ledger(board, WORKERS)
+    for take in (ledger.requests, ledger.slice):
+        with pytest.raises(ValueError, match="front end"):
+            take(frontend)
+    assert not any(board)
+
+
+def test_runs_are_sketched_by_the_class_of_their_rows():
+    ledger = Ledger(bytearray(board_bytes(FRONTENDS, WORKERS)), WORKERS)
+    counters = ledger.batches(1)
+    for rows in range(1, 300):
+        counters.batch(rows, 2_000_000)
+    found = ledger.sketches().compute
+    assert {rows_class(rows) for rows in range(1, 300)} == set(found) == set(kernel.ROW_CLASSES)
+    for most, sketch in found.items():
+        in_class = sum(rows_class(rows) == most for rows in range(1, 300))
+        assert sketch == {kernel.sketch_bucket(2_000_000): in_class}
+    assert {rows: rows_class(rows) for rows in (1, 2, 3, 5, 64, 65, 128)} == {
+        1: 1, 2: 2, 3: 4, 5: 8, 64: 64, 65: 128, 128: 128,
+    }  # fmt: skip
+    assert rows_class(129) == rows_class(10**6) == 0
+
+
+def test_a_quantile_that_is_read_from_a_sketch_is_off_by_less_than_a_bucket():
+    ledger, random_ns = Ledger.private(), random.Random(1)
+    counters = ledger.requests(0)
+    durations = sorted(int(random_ns.lognormvariate(14, 1)) for _ in range(999))
+    for ns in durations:
+        counters.answered(1, ns, 0, 0)
+    counts = sorted(ledger.sketches().latency.items())
+    buckets = [bucket for bucket, count in counts for _ in range(count)]
+    for place in (0, 499, 989):
+        ns, bound_ns = durations[place], SKETCH_BOUNDS_NS[buckets[place]]
+        assert ns < bound_ns <= 1.032 * ns
+
+
 # What is scraped
 
 
@@ -163,6 +222,46 @@ def test_every_front_end_shows_the_same_sums(board):
     assert value(first, "gateway_compute_duration_seconds_bucket", le="0.001") == 2
     assert value(first, "gateway_batch_copied_rows_total") == 0
     assert value(first, "gateway_batch_held_seconds_total") == 0
+
+
+def test_copies_that_a_shadow_got_are_shown_and_are_no_requests(board):
+    metrics, version = attached(board)
+    for agrees in (True, True, False):
+        version.counters.compared(agrees)
+    for _ in range(4):
+        version.counters.shadow_dropped()
+    for _ in range(5):
+        version.slice_counters.shadow_failed()
+    shown = {
+        kind: value(metrics, f"gateway_shadow_{kind}_total")
+        for kind in ("compared", "agreed", "dropped", "failed")
+    }
+    assert shown == {"compared": 3, "agreed": 2, "dropped": 4, "failed": 5}
+    assert version.statistics.success.count == version.statistics.fail.count == 0
+    assert value(metrics, "gateway_request_duration_seconds_count") == 0
+
+
+def test_a_process_that_counts_nothing_shows_the_same_and_writes_nothing(board):
+    ours = Ledger.mapped(board, WORKERS)
+    metrics, ready = Metrics(), {}
+    shown = metrics.show("m", 1, ours, ready)
+    with mmap.mmap(board, 0) as memory:
+        assert samples(metrics)
+        assert not any(memory[:])
+        theirs, version = attached(board, 1)
+        use_all(version)
+        version.slice_counters.answered(1, 1000, 100, 500)
+        ours.batches(0).batch(3, 1_000_000)
+        before = memory[:]
+        ready[0] = True
+        assert samples(metrics) == samples(theirs)
+        assert shown.statistics == version.statistics
+        assert ours.sketches() == version.ledger.sketches()
+        assert memory[:] == before
+    assert value(metrics, "gateway_worker_up", instance="0") == 1
+    shown.remove()
+    shown.remove()
+    assert versions(metrics) == set()
 
 
 def test_statuses_without_a_cell_of_their_own_are_shown_as_other():
@@ -225,7 +324,7 @@ def test_what_a_process_counted_outlives_it(board):
 
 
 @settings(deadline=None, max_examples=40)
-@given(seed=st.integers(0, 2**32), ones=st.booleans(), reach=st.integers(1, 40_000))
+@given(seed=st.integers(0, 2**32), ones=st.booleans(), reach=st.integers(1, 400_000))
 def test_a_worker_that_scribbles_over_the_board_spoils_numbers_and_nothing_else(seed, ones, reach):
     with mmap.mmap(-1, board_bytes(FRONTENDS, WORKERS)) as board:
         metrics = Metrics()
@@ -242,6 +341,7 @@ def test_a_worker_that_scribbles_over_the_board_spoils_numbers_and_nothing_else(
         orjson.dumps([s.last_inference_ms, s.inference_count, s.execution_count])
         orjson.dumps([[d.count, d.ns] for d in (s.success, s.fail, s.queue, s.compute_infer)])
         orjson.dumps([[rows, d.count, d.ns] for rows, d in s.batches.items()])
+        orjson.dumps([*version.ledger.sketches()], option=orjson.OPT_NON_STR_KEYS)
         version.remove()
         use_all(version)
         del version
@@ -259,6 +359,18 @@ def test_what_was_refused_before_the_version_was_served_is_shown_too(board):
     version.failed(503, 1000)
     assert value(metrics, "gateway_requests_total", code="503") == 2
     assert value(attached(board, 1)[0], "gateway_requests_total", code="503") == 2
+
+
+def test_a_slice_keeps_what_it_counted_before_and_after_the_version_was_served(board):
+    version = Metrics().version("m", 1)
+    version.slice_counters.answered(1, 1000, 100, 500)
+    version.attach(Ledger.mapped(board, WORKERS), 1)
+    version.slice_counters.answered(2, 1000, 100, 500)
+    assert Ledger.mapped(board, WORKERS).read().slices().rows == 3
+    version.remove()
+    version.slice_counters.answered(4, 1000, 100, 500)
+    assert version.ledger.read().slices().rows == 7
+    assert Ledger.mapped(board, WORKERS).read().slices().rows == 3
 
 
 def test_a_removed_version_has_no_series_and_makes_none(board):

@@ -28,7 +28,7 @@ from gateway.settings import (
     load_model_settings,
     load_server_settings,
 )
-from gateway.yamlfile import MAX_FILE_BYTES
+from gateway.yamlfile import MAX_FILE_BYTES, shown
 
 DOCUMENTS = Path(__file__).parents[2] / "docs"
 
@@ -141,6 +141,12 @@ OTHER_VALUES = {
     "log_format": "json",
     "memory_bytes": 1 << 30,
     "cache_folder": "cache",
+    "admin_host": "gateway.example",
+    "state": "sqlite:///other.db",
+    "model_roots": ["one", "two"],
+    "prometheus_url": "http://prometheus.example:9090/base",
+    "webhook_hosts": ["one.example", "two.example"],
+    "webhook_secret": "sixteen characters",
 }
 
 
@@ -152,7 +158,8 @@ def test_every_server_setting_can_come_from_every_source(name, environment, conf
     by_flag = load_server_settings(**needed, **{name: value})
     assert getattr(by_flag, name) != default
     by_file = load_server_settings(**needed, config=config(yaml.safe_dump({name: value})))
-    environment.setenv(ENV_PREFIX + name.upper(), str(value))
+    text = ",".join(value) if isinstance(value, list) else str(value)
+    environment.setenv(ENV_PREFIX + name.upper(), text)
     by_environment = load_server_settings(**needed)
     assert getattr(by_flag, name) == getattr(by_file, name) == getattr(by_environment, name)
 
@@ -261,7 +268,7 @@ def test_a_wrong_environment_variable(name, value, message, environment):
 )
 def test_a_wrong_settings_file(text, message, config):
     path = config(text)
-    assert refusal(server, config=path).startswith(f"settings file '{path}': {message}")
+    assert refusal(server, config=path).startswith(f"settings file {shown(str(path))}: {message}")
 
 
 def test_a_wrong_value_in_the_settings_file(config):

@@ -1,0 +1,379 @@
+"""Leads rollouts: looks, lets the machine decide, writes, and only then acts.
+
+A look reads counters and states, and gives them to `rollout.machine`, which gives a new record or the old
+one. A new record is written in one transaction with the model's route, its labels and the events; then the
+route is published. So a crash at any moment leaves a store from which the same step goes on, and no front
+end ever has a route that the store does not know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Awaitable, Callable, Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from gateway.clock import wall_s
+from gateway.control.asking import Asking, check_asks
+from gateway.control.counting import Counting
+from gateway.control.journal import GATEWAY, Journal, event
+from gateway.control.models import ModelControl, ModelSupervision, version_entry
+from gateway.control.version import VersionSupervision
+from gateway.errors import Conflict, GatewayError, InvalidRequest, PreconditionFailed
+from gateway.rollout import analysis
+from gateway.rollout.facts import Facts, Note, Step
+from gateway.rollout.machine import RolloutMachine, Verb, wants_canary
+from gateway.rollout.record import ROUTING, Rollout, RolloutState, route_of
+from gateway.rollout.spec import RolloutSpec
+from gateway.serving.routes import VersionState
+from gateway.settings import ServerSettings
+from gateway.store.changes import AddAudit, Change, PutModel, PutRollout
+from gateway.store.records import AuditRecord, ModelRecord, RolloutRecord
+from gateway.telemetry.ledger import SKETCH_BOUNDS_NS
+
+log = logging.getLogger("gateway.control")
+
+LOOK_S = 0.25
+"""Pause between two looks at a rollout: the kill-switch acts within a second of traffic."""
+
+STABLE, CANARY = "stable", "canary"
+"""Labels that a rollout moves."""
+
+
+@dataclass(slots=True)
+class _Lead:
+    """One rollout that is led, and what is known of it besides its record."""
+
+    rollout: Rollout
+    asking: Asking
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+    counting: Counting = field(default_factory=Counting)
+    begun_attempt: int = 0  # whose load of the canary was begun by this process
+    cannot_load: str = ""
+    is_settled: bool = False
+    task: asyncio.Task[None] | None = None
+
+
+class Conductor:
+    """All rollouts of this server. Belongs to the event loop.
+
+    Args:
+        settings: the server's.
+        models: by name.
+        control: for loading and unloading.
+        journal: where everything is written.
+        publish: tells front ends what has changed of routes; whether all of them have acknowledged it.
+    """
+
+    def __init__(
+        self,
+        settings: ServerSettings,
+        models: dict[str, ModelSupervision],
+        control: ModelControl,
+        journal: Journal,
+        publish: Callable[[], Awaitable[bool]],
+    ) -> None:
+        self._settings = settings
+        self._models = models
+        self._control = control
+        self._journal = journal
+        self._publish = publish
+        self._machine = RolloutMachine(partial(analysis.judge, bounds=SKETCH_BOUNDS_NS))
+        self._leads: dict[str, _Lead] = {}
+
+    def resume(self, rollouts: Iterable[Rollout]) -> None:
+        """Take up what the store says is active; led from `start` on."""
+        for rollout in rollouts:
+            self._leads[rollout.model] = _Lead(rollout, Asking(self._settings))
+            if (model := self._models.get(rollout.model)) is not None:
+                model.claimed = _claims(rollout)
+
+    def start(self) -> None:
+        """Begin to lead: the front ends are there."""
+        for lead in self._leads.values():
+            self._begin(lead)
+
+    def close(self) -> None:
+        """Stop leading; the records stay as they are."""
+        for lead in self._leads.values():
+            lead.asking.close()
+            if lead.task is not None:
+                lead.task.cancel()
+
+    def active(self, model: str) -> Rollout | None:
+        """The rollout of a model that has not ended."""
+        lead = self._leads.get(model)
+        return lead.rollout if lead is not None and lead.rollout.is_active else None
+
+    def find(self, identity: str) -> Rollout | None:
+        """A rollout that is led, or was until a moment ago."""
+        found = (lead.rollout for lead in self._leads.values())
+        return next((rollout for rollout in found if rollout.id == identity), None)
+
+    # What operators ask for
+
+    async def checked(self, name: str, spec: RolloutSpec) -> RolloutSpec:
+        """A specification with everything filled in, if it can be carried out now.
+
+        Raises:
+            NotFound: the model or a version of it is unknown.
+            InvalidRequest: it makes no sense for this model or server.
+            Conflict: a rollout of the model is active, or the stable version is not READY.
+        """
+        check_asks(spec, self._settings)
+        entry = await self._control.scan(name)
+        version_entry(entry, spec.canary)
+        if (active := self.active(name)) is not None:
+            raise Conflict(f"rollout {active.id} of the model is active: end it first")
+        model = self._models.get(name)
+        route = None if model is None else model.route
+        stable = spec.stable or (route.main if route is not None else None)
+        if model is None or stable is None:
+            raise Conflict("no version of the model answers: load one first")
+        if stable == spec.canary:
+            raise InvalidRequest(f"version {stable} is the one that answers already")
+        found = model.versions.get(stable)
+        if found is None or found.state is not VersionState.READY:
+            raise Conflict(f"version {stable}, which is to be replaced, is not READY")
+        return spec.model_copy(update={"stable": stable})
+
+    async def create(self, name: str, spec: RolloutSpec, by: str) -> Rollout:
+        """Begin a rollout. See `checked` for what it raises."""
+        spec = await self.checked(name, spec)
+        old = self._leads.get(name)
+        if old is not None:
+            await self._stop(old)
+        now_s = wall_s()
+        rollout = Rollout(
+            id=secrets.token_hex(8),
+            model=name,
+            spec=spec,
+            salt=secrets.token_hex(16),
+            created_s=now_s,
+            changed_s=now_s,
+        )
+        lead = _Lead(rollout, Asking(self._settings))
+        note = Note(
+            "rollout.created",
+            f"from version {rollout.stable} to {rollout.canary} in {len(spec.steps)} steps",
+        )
+        self._leads[name] = lead
+        try:
+            async with lead.lock:
+                await self._commit(lead, Step(rollout, (note,)), by, "rollout.create", None)
+        except BaseException:
+            del self._leads[name]
+            raise
+        self._begin(lead)
+        return rollout
+
+    async def command(self, rollout: Rollout, verb: Verb, by: str, revision: int | None) -> Rollout:
+        """Carry out a verb of `RolloutMachine.command`, which says what it raises.
+
+        Args:
+            rollout: as it was read; of one that is led the newest record counts.
+            verb: what to do.
+            by: who asks.
+            revision: the model's on which it was decided; None: any.
+        """
+        lead = self._leads.get(rollout.model)
+        if lead is None or lead.rollout.id != rollout.id:
+            if self.active(rollout.model) is not None:
+                raise Conflict("another rollout of the model is active")
+            lead = _Lead(rollout, Asking(self._settings))
+            self._machine.command(rollout, verb, wall_s(), by)  # refuses before anything is changed
+            if (old := self._leads.get(rollout.model)) is not None:
+                await self._stop(old)
+            self._leads[rollout.model] = lead
+        async with lead.lock:
+            model = self._models.get(rollout.model)
+            if revision is not None and (model is None or revision != model.record.revision):
+                raise PreconditionFailed("the model has changed since it was read: read it again")
+            step = self._machine.command(lead.rollout, verb, wall_s(), by)
+            if verb == "retry" and step.rollout.is_active:
+                spec = lead.rollout.spec
+                stable = None if model is None else model.versions.get(lead.rollout.stable)
+                if stable is None or stable.state is not VersionState.READY:
+                    raise Conflict(f"version {spec.stable}, which is to be replaced, is not READY")
+                lead.counting, lead.cannot_load = Counting(), ""
+            await self._commit(lead, step, by, f"rollout.{verb}", lead.rollout)
+        self._begin(lead)
+        return lead.rollout
+
+    # Looking
+
+    def _begin(self, lead: _Lead) -> None:
+        if lead.task is None or lead.task.done():
+            lead.task = asyncio.get_running_loop().create_task(self._lead(lead))
+
+    async def _stop(self, lead: _Lead) -> None:
+        """Stop leading a rollout that has ended."""
+        lead.asking.close()
+        if lead.task is not None:
+            lead.task.cancel()
+            with suppress(asyncio.CancelledError):
+                await lead.task
+
+    async def _lead(self, lead: _Lead) -> None:
+        """Look until the rollout has ended, and what it kept loaded is not kept any more."""
+        while lead.rollout.is_active or self._is_warm(lead):
+            try:
+                async with lead.lock:
+                    await self._look(lead)
+            except GatewayError as error:
+                log.error("rollout %s: %s; looking again", lead.rollout.id, error.message)
+            except Exception:
+                log.exception("rollout %s: a look failed; looking again", lead.rollout.id)
+            await asyncio.sleep(LOOK_S)
+        await self._let_go(lead.rollout)
+
+    def _is_warm(self, lead: _Lead) -> bool:
+        """Whether both versions are kept for a while, so that going back takes no load."""
+        rollout = lead.rollout
+        if rollout.state is RolloutState.SUCCEEDED:
+            return 0 <= wall_s() - rollout.changed_s < rollout.spec.abort_keep_warm_s
+        return wants_canary(rollout, wall_s())
+
+    async def _look(self, lead: _Lead) -> None:
+        rollout = lead.rollout
+        model = self._models.get(rollout.model)
+        if model is None or not rollout.is_active:
+            return
+        if lead.begun_attempt != rollout.attempt:
+            await self._load_canary(lead, model)
+        if not lead.is_settled:
+            lead.is_settled = await self._publish()
+        canary, stable = (model.versions.get(n) for n in (rollout.canary, rollout.stable))
+        queries, gates = lead.asking.take(rollout)
+        facts = Facts(
+            now_s=wall_s(),
+            canary=VersionState.FAILED if lead.cannot_load else _state(canary),
+            canary_reason=lead.cannot_load or (canary.reason if canary is not None else ""),
+            is_stable_ready=_state(stable) is VersionState.READY,
+            is_settled=lead.is_settled,
+            delta=lead.counting.since_last(
+                canary, stable, sliced=rollout.spec.baseline == "equal_slice"
+            ),
+            queries=queries,
+            gates=gates,
+        )
+        await self._commit(lead, self._machine.advance(rollout, facts))
+        lead.asking.ask(lead.rollout)
+
+    async def _load_canary(self, lead: _Lead, model: ModelSupervision) -> None:
+        """Begin to load it, once an attempt; a version that is served already is left alone."""
+        lead.begun_attempt = lead.rollout.attempt
+        try:
+            await model.begin(await self._control.scan(model.name), lead.rollout.canary)
+        except GatewayError as error:
+            lead.cannot_load = error.message
+
+    async def _let_go(self, rollout: Rollout) -> None:
+        """Unload what only the rollout kept loaded: a new version that lost, an old one that is replaced."""
+        model = self._models.get(rollout.model)
+        if model is None:
+            return
+        model.claimed = frozenset()
+        is_done = rollout.state is RolloutState.SUCCEEDED
+        number = rollout.stable if is_done else rollout.canary
+        async with self._control.operating(rollout.model) as held:
+            if held.is_needed(number):
+                return
+            if not is_done or not held.is_chosen(await self._control.scan(rollout.model), number):
+                await held.unload_version(number)
+
+    # Deciding
+
+    async def _commit(
+        self,
+        lead: _Lead,
+        step: Step,
+        by: str = GATEWAY,
+        action: str | None = None,
+        before: Rollout | None = None,
+    ) -> None:
+        """Write a new record and what follows from it, then act on it."""
+        rollout, old = step.rollout, lead.rollout
+        if rollout is old and action != "rollout.create":
+            return
+        model = self._models[rollout.model]
+        changes: list[Change] = [
+            PutRollout(
+                RolloutRecord(rollout.id, rollout.model, rollout.is_active, rollout.to_document())
+            )
+        ]
+        record = self._decided(model, rollout, is_moved=bool(step.notes))
+        if record != model.record:
+            changes.append(PutModel(record, model.record.revision))
+        changes += [
+            event(
+                note.kind,
+                rollout.model,
+                note.text,
+                actor=by,
+                rollout=rollout.id,
+                numbers=note.numbers,
+            )
+            for note in step.notes
+        ]
+        if action is not None:
+            changes.append(_audit(by, action, before, rollout))
+        await self._journal.write(*changes)
+        lead.rollout, model.claimed = rollout, _claims(rollout)
+        if record != model.record:
+            is_routed_anew = (record.route, record.labels) != (
+                model.record.route,
+                model.record.labels,
+            )
+            model.record = record
+            if is_routed_anew:
+                lead.is_settled = await self._publish()
+
+    @staticmethod
+    def _decided(model: ModelSupervision, rollout: Rollout, *, is_moved: bool) -> ModelRecord:
+        """The model's record while its rollout is as it is."""
+        record = model.record
+        route, labels = route_of(rollout).to_wire(), _labels(record.labels, rollout)
+        if not is_moved and (record.route, dict(record.labels)) == (route, labels):
+            return record
+        return replace(record, revision=record.revision + 1, route=route, labels=labels)
+
+
+def _labels(labels: object, rollout: Rollout) -> dict[str, int]:
+    """A model's labels while its rollout is as it is."""
+    held = dict(labels) if isinstance(labels, dict) else {}
+    if rollout.state is RolloutState.SUCCEEDED or rollout.state is RolloutState.PROMOTING:
+        held[STABLE] = rollout.canary
+    else:
+        held[STABLE] = rollout.stable
+    if rollout.state in ROUTING:
+        held[CANARY] = rollout.canary
+    elif held.get(CANARY) == rollout.canary:
+        del held[CANARY]
+    return held
+
+
+def _claims(rollout: Rollout) -> frozenset[int]:
+    """The versions that a rollout needs loaded; after its end for as long as they are kept warm."""
+    return frozenset({rollout.stable, rollout.canary})
+
+
+def _state(version: VersionSupervision | None) -> VersionState | None:
+    return None if version is None else version.state
+
+
+def _audit(by: str, action: str, before: Rollout | None, after: Rollout) -> AddAudit:
+    def shown(rollout: Rollout | None) -> dict[str, object] | None:
+        if rollout is None:
+            return None
+        document = rollout.to_document()
+        keys = ("id", "state", "pause", "step", "attempt", "reason")
+        return {key: document[key] for key in keys} | (
+            {"spec": document["spec"]} if action == "rollout.create" else {}
+        )
+
+    resource = f"models/{after.model}/rollouts/{after.id}"
+    return AddAudit(AuditRecord(wall_s(), by, action, resource, shown(before), shown(after)))

@@ -1,0 +1,1 @@
+"""The store: what must outlive the supervisor, in SQLite or PostgreSQL."""
