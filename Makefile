@@ -9,7 +9,7 @@ KERNELS := $(wildcard kernels/*.pyx kernels/*.h gateway/_kernels/*.pxd)
 
 export ORT_DISABLE_TELEMETRY := 1
 
-.PHONY: help demo test lint types unit bench peers backend watermarks build build-debug clean
+.PHONY: help demo test lint types unit bench peers backend watermarks rollouts power build build-debug clean
 
 help:  ## Show this list.
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
@@ -45,6 +45,12 @@ backend: build  ## Serve all of the onnx package's own tests of operators; takes
 
 watermarks: build  ## 100,000 requests that carry their number in every element, amid kills; takes minutes.
 	$(BIN)/python tests/system/watermarks.py --requests 100000 --write benchmarks/results/watermarks.md
+
+rollouts: build  ## 20 rollouts, kills of the supervisor and 100,000 requests of each split; takes minutes.
+	$(BIN)/python benchmarks/rollouts.py
+
+power: build  ## How often rollouts are wrong, by simulation; takes ten minutes.
+	$(BIN)/python benchmarks/rollout_power.py
 
 build: $(VENV)/.dev $(VENV)/.kernels  ## Build the kernels in place.
 

@@ -86,7 +86,8 @@ def test_any_bytes_make_a_constant(elements):
     array = strings.as_array(elements, (len(elements),))
     model = onnx.load_from_string(strings.constant_graph(array))
     assert list(model.graph.node[0].attribute[0].t.string_data) == elements
-    if elements and all(_is_text(e) for e in elements):
+    # NumPy drops the NULs that text ends with.
+    if elements and all(_is_text(e) and not e.endswith(b"\0") for e in elements):
         read = numpy_helper.to_array(model.graph.node[0].attribute[0].t)
         assert [text.encode() for text in read.tolist()] == elements
 
