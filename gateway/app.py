@@ -55,6 +55,7 @@ def serve(settings: ServerSettings) -> None:
             supervisor = Supervisor(
                 settings, models, data, metrics, admin, AsyncStore(store), secret
             )
+            await supervisor.prepare()  # first: without its keys the admin port would ask for none
             port = AdminServer(supervisor.plane, settings)
             await port.start(admin)
             try:

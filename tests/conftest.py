@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# How long an example takes is the machine's affair.
+hypothesis.settings.register_profile("gateway", deadline=None)
+hypothesis.settings.load_profile("gateway")
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -48,9 +54,11 @@ def make_repository(tmp_path_factory, benchmark_models):
     return make
 
 
-@pytest.fixture(scope="session")
-def digits_repository() -> Path:
-    return ROOT / "examples" / "digits" / "models"
+@pytest.fixture(scope="module")
+def digits_repository(tmp_path_factory) -> Path:
+    """A copy of the example's models: servers keep their state in the repository."""
+    folder = tmp_path_factory.mktemp("digits") / "models"
+    return Path(shutil.copytree(ROOT / "examples" / "digits" / "models", folder))
 
 
 @pytest.fixture

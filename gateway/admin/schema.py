@@ -158,6 +158,8 @@ class EventsQuery(NumberPageQuery):
     """Of this model only."""
     rollout: _Name | None = None
     """Of this rollout only."""
+    last: _Limit | None = None
+    """So many of the newest, whatever after and limit say; null: those after the number."""
     stream: bool = False
     """Whether they go on as server-sent events; so does Accept: text/event-stream."""
 

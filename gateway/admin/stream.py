@@ -86,11 +86,14 @@ class Streams:
         if query.model is not None:
             identity.require_model(query.model)
         if query.stream or EVENT_STREAM in call.http.headers.get(hdrs.ACCEPT, ""):
-            after = _last_event_id(call.http, query.after)
+            after = await self._begin(call.http, query)
             return await self._stream(
                 call, lambda stream: self._send_events(stream, after, identity, query)
             )
-        found = await self._plane.events(query.after, query.model, query.rollout, query.limit)
+        if query.last is not None:
+            found = await self._plane.newest_events(query.model, query.rollout, query.last)
+        else:
+            found = await self._plane.events(query.after, query.model, query.rollout, query.limit)
         return Answer(
             {
                 "events": [event for event in found if _may_see(identity, event)],
@@ -108,6 +111,15 @@ class Streams:
                 await self._wait(asyncio.sleep(LIVE_S))
 
         return await self._stream(call, send)
+
+    async def _begin(self, http: web.Request, query: EventsQuery) -> int:
+        """The number after which a stream begins: where the listener left, if it was there before."""
+        if (left := _last_event_id(http)) is not None:
+            return left
+        if query.last is None:
+            return query.after
+        found = await self._plane.newest_events(query.model, query.rollout, query.last)
+        return found[0].id - 1 if found else 0
 
     async def _send_events(
         self, stream: _Stream, after: int, identity: Identity, query: EventsQuery
@@ -199,11 +211,11 @@ def _is_wanted(query: EventsQuery, event: EventRecord) -> bool:
     return query.model in (None, event.model) and query.rollout in (None, event.rollout)
 
 
-def _last_event_id(http: web.Request, after: int) -> int:
-    """What a browser that connects again has seen already; it names no better ``after``."""
+def _last_event_id(http: web.Request) -> int | None:
+    """What a browser that connects again has seen already; its query is that of the first time."""
     text = http.headers.get("Last-Event-ID")
     if text is None:
-        return after
+        return None
     if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= MAX_VERSION):
         raise InvalidRequest("Last-Event-ID must be the id of an event")
     return int(text)

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import click
 
 from gateway import __version__
-from gateway.cli.bench import bench
-from gateway.cli.keys import keys
-from gateway.cli.models import models
-from gateway.cli.rollout import rollout
 from gateway.errors import GatewayError
 
+_IN_MODULES = ("bench", "keys", "models", "rollout")
+"""Commands that are in a module of `gateway.cli` of the same name."""
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+
+class _Commands(click.Group):
+    """Imports a command's module where the command is asked for: a server's start does not wait for it."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted({*super().list_commands(ctx), *_IN_MODULES})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _IN_MODULES:
+            return super().get_command(ctx, cmd_name)
+        command: click.Command = getattr(import_module(f"gateway.cli.{cmd_name}"), cmd_name)
+        return command
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="gateway")
 def cli() -> None:
     """ONNX models behind HTTP, batched in shared memory."""
@@ -114,12 +127,6 @@ def run_doctor(repository: str | None, config: str | None, is_json: bool) -> Non
     from gateway.cli import doctor
 
     sys.exit(doctor.run(Path(repository) if repository else None, config, is_json=is_json))
-
-
-cli.add_command(bench)
-cli.add_command(models)
-cli.add_command(rollout)
-cli.add_command(keys)
 
 
 def main() -> None:

@@ -112,8 +112,7 @@ async def _demo(
             client = DigitsClient(http, server.url)
             routed = await _tour(client, held_out, versions, console)
             _show_commands(server, held_out, routed, console)
-            if server.admin_url:
-                _show_rollouts(server, console)
+            _show_rollouts(server, console)
             if not options.once:
                 await _keep_busy(server, client, held_out, options.rate, console)
     finally:

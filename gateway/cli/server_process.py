@@ -27,7 +27,7 @@ LINE_BYTES = 1 << 20
 """Longest line of its log that is read."""
 
 _SERVING = re.compile(
-    r"serving \d+ model versions on ([^\s,]+), metrics on ([^\s,]+)(?:, admin on ([^\s,]+))?"
+    r"serving \d+ model versions on ([^\s,]+), metrics on ([^\s,]+), admin on ([^\s,]+)"
 )
 _ROUTINE = re.compile(r"\S+ \S+ (DEBUG|INFO) ")
 
@@ -116,7 +116,7 @@ class ServerProcess:
             if line is None:
                 raise GatewayError(f"the server did not start: {self._reason()}")
             if match := _SERVING.search(line):
-                self.url, self.metrics_url, self.admin_url = match[1], match[2], match[3] or ""
+                self.url, self.metrics_url, self.admin_url = match.groups()
 
     async def _poll_readiness(self) -> None:
         async with aiohttp.ClientSession() as http:

@@ -12,7 +12,6 @@ import asyncio
 import logging
 import secrets
 from collections.abc import Awaitable, Callable, Iterable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -22,7 +21,13 @@ from gateway.control.counting import Counting
 from gateway.control.journal import GATEWAY, Journal, event
 from gateway.control.models import ModelControl, ModelSupervision, version_entry
 from gateway.control.version import VersionSupervision
-from gateway.errors import Conflict, GatewayError, InvalidRequest, PreconditionFailed
+from gateway.errors import (
+    Conflict,
+    GatewayError,
+    InvalidRequest,
+    PreconditionFailed,
+    Unavailable,
+)
 from gateway.rollout import analysis
 from gateway.rollout.facts import Facts, Note, Step
 from gateway.rollout.machine import RolloutMachine, Verb, wants_canary
@@ -54,6 +59,9 @@ class _Lead:
     begun_attempt: int = 0  # whose load of the canary was begun by this process
     cannot_load: str = ""
     is_settled: bool = False
+    owed: Callable[[], Awaitable[None]] | None = None  # writes what was acted on and not written
+    complaint: str = ""  # that was logged last
+    loading: asyncio.Task[None] | None = None
     task: asyncio.Task[None] | None = None
 
 
@@ -66,6 +74,7 @@ class Conductor:
         control: for loading and unloading.
         journal: where everything is written.
         publish: tells front ends what has changed of routes; whether all of them have acknowledged it.
+        forbid: has a version of a model not loaded any more, whatever the policy says.
     """
 
     def __init__(
@@ -75,12 +84,14 @@ class Conductor:
         control: ModelControl,
         journal: Journal,
         publish: Callable[[], Awaitable[bool]],
+        forbid: Callable[[str, int], Awaitable[None]],
     ) -> None:
         self._settings = settings
         self._models = models
         self._control = control
         self._journal = journal
         self._publish = publish
+        self._forbid = forbid
         self._machine = RolloutMachine(partial(analysis.judge, bounds=SKETCH_BOUNDS_NS))
         self._leads: dict[str, _Lead] = {}
 
@@ -100,8 +111,9 @@ class Conductor:
         """Stop leading; the records stay as they are."""
         for lead in self._leads.values():
             lead.asking.close()
-            if lead.task is not None:
-                lead.task.cancel()
+            for task in (lead.task, lead.loading):
+                if task is not None:
+                    task.cancel()
 
     def active(self, model: str) -> Rollout | None:
         """The rollout of a model that has not ended."""
@@ -133,6 +145,8 @@ class Conductor:
         stable = spec.stable or (route.main if route is not None else None)
         if model is None or stable is None:
             raise Conflict("no version of the model answers: load one first")
+        if route is not None and route.main != stable:
+            raise Conflict(f"version {route.main} answers, not version {stable}: replace that one")
         if stable == spec.canary:
             raise InvalidRequest(f"version {stable} is the one that answers already")
         found = model.versions.get(stable)
@@ -146,6 +160,8 @@ class Conductor:
         old = self._leads.get(name)
         if old is not None:
             await self._stop(old)
+            if self._leads.get(name) is not old:
+                raise Conflict("another rollout of the model has begun")
         now_s = wall_s()
         rollout = Rollout(
             id=secrets.token_hex(8),
@@ -183,25 +199,34 @@ class Conductor:
         if lead is None or lead.rollout.id != rollout.id:
             if self.active(rollout.model) is not None:
                 raise Conflict("another rollout of the model is active")
-            lead = _Lead(rollout, Asking(self._settings))
-            self._machine.command(rollout, verb, wall_s(), by)  # refuses before anything is changed
-            if (old := self._leads.get(rollout.model)) is not None:
+            old, lead = lead, _Lead(rollout, Asking(self._settings))
+            self._step(rollout, verb, by, revision)  # refuses before anything is changed
+            if old is not None:
                 await self._stop(old)
+                if self._leads.get(rollout.model) is not old:
+                    raise Conflict("another rollout of the model has begun")
             self._leads[rollout.model] = lead
         async with lead.lock:
-            model = self._models.get(rollout.model)
-            if revision is not None and (model is None or revision != model.record.revision):
-                raise PreconditionFailed("the model has changed since it was read: read it again")
-            step = self._machine.command(lead.rollout, verb, wall_s(), by)
+            if lead.owed is not None:
+                await lead.owed()
+            step = self._step(lead.rollout, verb, by, revision)
             if verb == "retry" and step.rollout.is_active:
-                spec = lead.rollout.spec
-                stable = None if model is None else model.versions.get(lead.rollout.stable)
-                if stable is None or stable.state is not VersionState.READY:
-                    raise Conflict(f"version {spec.stable}, which is to be replaced, is not READY")
                 lead.counting, lead.cannot_load = Counting(), ""
             await self._commit(lead, step, by, f"rollout.{verb}", lead.rollout)
         self._begin(lead)
         return lead.rollout
+
+    def _step(self, rollout: Rollout, verb: Verb, by: str, revision: int | None) -> Step:
+        """What a verb makes of a rollout. PreconditionFailed, Conflict."""
+        model = self._models.get(rollout.model)
+        if revision is not None and (model is None or revision != model.record.revision):
+            raise PreconditionFailed("the model has changed since it was read: read it again")
+        step = self._machine.command(rollout, verb, wall_s(), by)
+        if verb == "retry" and step.rollout.is_active:
+            route = None if model is None else model.route
+            if route is None or route.main != rollout.stable:
+                raise Conflict(f"version {rollout.stable}, which is to be replaced, does not answer")
+        return step
 
     # Looking
 
@@ -210,25 +235,29 @@ class Conductor:
             lead.task = asyncio.get_running_loop().create_task(self._lead(lead))
 
     async def _stop(self, lead: _Lead) -> None:
-        """Stop leading a rollout that has ended."""
+        """Stop leading a rollout that has ended; never in the middle of an unload."""
         lead.asking.close()
-        if lead.task is not None:
-            lead.task.cancel()
-            with suppress(asyncio.CancelledError):
-                await lead.task
+        async with lead.lock:
+            if lead.task is not None:
+                lead.task.cancel()
 
     async def _lead(self, lead: _Lead) -> None:
         """Look until the rollout has ended, and what it kept loaded is not kept any more."""
-        while lead.rollout.is_active or self._is_warm(lead):
+        while True:
             try:
                 async with lead.lock:
+                    if not lead.rollout.is_active and not self._is_warm(lead):
+                        await self._let_go(lead.rollout)
+                        return
                     await self._look(lead)
+                lead.complaint = ""
             except GatewayError as error:
-                log.error("rollout %s: %s; looking again", lead.rollout.id, error.message)
+                if error.message != lead.complaint:
+                    lead.complaint = error.message
+                    log.error("rollout %s: %s; looking again", lead.rollout.id, error.message)
             except Exception:
                 log.exception("rollout %s: a look failed; looking again", lead.rollout.id)
             await asyncio.sleep(LOOK_S)
-        await self._let_go(lead.rollout)
 
     def _is_warm(self, lead: _Lead) -> bool:
         """Whether both versions are kept for a while, so that going back takes no load."""
@@ -242,8 +271,14 @@ class Conductor:
         model = self._models.get(rollout.model)
         if model is None or not rollout.is_active:
             return
+        if lead.owed is not None:
+            await lead.owed()
+            return
         if lead.begun_attempt != rollout.attempt:
-            await self._load_canary(lead, model)
+            lead.begun_attempt = rollout.attempt
+            lead.loading = asyncio.get_running_loop().create_task(self._load_canary(lead))
+        if lead.loading is not None and not lead.loading.done():
+            return  # before its load has begun, nobody can tell whether the canary is gone
         if not lead.is_settled:
             lead.is_settled = await self._publish()
         canary, stable = (model.versions.get(n) for n in (rollout.canary, rollout.stable))
@@ -260,30 +295,38 @@ class Conductor:
             queries=queries,
             gates=gates,
         )
-        await self._commit(lead, self._machine.advance(rollout, facts))
+        try:
+            await self._commit(lead, self._machine.advance(rollout, facts))
+        except GatewayError:
+            lead.counting.undo()
+            raise
         lead.asking.ask(lead.rollout)
 
-    async def _load_canary(self, lead: _Lead, model: ModelSupervision) -> None:
+    async def _load_canary(self, lead: _Lead) -> None:
         """Begin to load it, once an attempt; a version that is served already is left alone."""
-        lead.begun_attempt = lead.rollout.attempt
+        name = lead.rollout.model
         try:
-            await model.begin(await self._control.scan(model.name), lead.rollout.canary)
+            async with self._control.operating(name) as model:
+                await model.begin(await self._control.scan(name), lead.rollout.canary)
         except GatewayError as error:
             lead.cannot_load = error.message
 
     async def _let_go(self, rollout: Rollout) -> None:
         """Unload what only the rollout kept loaded: a new version that lost, an old one that is replaced."""
-        model = self._models.get(rollout.model)
-        if model is None:
-            return
-        model.claimed = frozenset()
-        is_done = rollout.state is RolloutState.SUCCEEDED
-        number = rollout.stable if is_done else rollout.canary
-        async with self._control.operating(rollout.model) as held:
-            if held.is_needed(number):
+        async with self._control.operating(rollout.model) as model:
+            if model.claimed != _claims(rollout):
+                return  # another one needs them
+            model.claimed = frozenset()
+            is_done = rollout.state is RolloutState.SUCCEEDED
+            number = rollout.stable if is_done else rollout.canary
+            version = model.versions.get(number)
+            if version is None or model.is_needed(number):
                 return
-            if not is_done or not held.is_chosen(await self._control.scan(rollout.model), number):
-                await held.unload_version(number)
+            if version.state is VersionState.FAILED:
+                await self._forbid(rollout.model, number)  # or it would end the next start
+            elif model.is_chosen(await self._control.scan(rollout.model), number):
+                return
+            await model.unload_version(number)
 
     # Deciding
 
@@ -321,7 +364,16 @@ class Conductor:
         ]
         if action is not None:
             changes.append(_audit(by, action, before, rollout))
-        await self._journal.write(*changes)
+        try:
+            await self._journal.write(*changes)
+        except Unavailable:
+            if rollout.state is RolloutState.ABORTING:
+                # The one thing that does not wait for a disk: who rolls back, does so at once.
+                lead.owed = partial(self._commit, lead, step, by, action, before)
+                model.record = replace(model.record, route=record.route, labels=record.labels)
+                await self._publish()
+            raise
+        lead.owed = None
         lead.rollout, model.claimed = rollout, _claims(rollout)
         if record != model.record:
             is_routed_anew = (record.route, record.labels) != (

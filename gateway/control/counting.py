@@ -32,6 +32,7 @@ class Counting:
 
     def __init__(self) -> None:
         self._last: dict[int, _Reading] = {}
+        self._before: dict[int, _Reading] = {}
 
     def since_last(
         self, canary: VersionSupervision | None, stable: VersionSupervision | None, *, sliced: bool
@@ -43,6 +44,7 @@ class Counting:
             stable: what it is compared with.
             sliced: compared is only the slice of the stable version.
         """
+        self._before = dict(self._last)
         old_canary, new_canary = self._read(canary)
         old_stable, new_stable = self._read(stable)
         arm, compared, agreed = Arm(), 0, 0
@@ -57,6 +59,10 @@ class Counting:
             else:
                 baseline = _less(new_stable.whole, old_stable.whole)
         return Observation(arm, baseline, compared, agreed)
+
+    def undo(self) -> None:
+        """Nothing came of what the last call gave: the next one gives it again."""
+        self._last = self._before
 
     def _read(self, version: VersionSupervision | None) -> tuple[_Reading | None, _Reading | None]:
         """The reading before and the one of now, of the same ledger."""

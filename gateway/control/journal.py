@@ -72,9 +72,10 @@ class Journal:
         while self._last_id <= after:
             await self._grown.wait()
 
-    def look(self) -> None:
-        """Somebody else may have written: let everybody look."""
-        self._tell((self._last_id + 1,))
+    async def look(self) -> None:
+        """Find out what the newest event is: it may be of before the start, or of somebody else."""
+        newest = await self._store.call(Store.newest_events, None, None, 1)
+        self._tell(tuple(event.id for event in newest))
 
     async def flush(self) -> None:
         """Until all that was noted is written."""

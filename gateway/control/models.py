@@ -51,6 +51,8 @@ class ModelSupervision:
         """Versions that are loaded (True) or not (False) whatever the version policy says."""
         self.claimed: frozenset[int] = frozenset()
         """Versions that a rollout needs."""
+        self.deferred: frozenset[int] = frozenset()
+        """Versions that `prepare` leaves to somebody else."""
         self.lock = asyncio.Lock()
         """Held by an operation; the next one waits, in order."""
         self.operations = 0
@@ -113,7 +115,8 @@ class ModelSupervision:
         """
         chosen = self._chosen(entry)
         for version in chosen:
-            self._add(version, entry.settings)
+            if version.version not in self.deferred:
+                self._add(version, entry.settings)
         self._read_promote(entry.settings, chosen)
 
     async def load(self, entry: ModelEntry) -> None:

@@ -78,7 +78,7 @@ class ControlPlane:
         self.journal = Journal(store)
         self.keyring = Keyring(secret)
         self.catalogue = Catalogue(self.journal)
-        self.conductor = Conductor(settings, models, control, self.journal, publish)
+        self.conductor = Conductor(settings, models, control, self.journal, publish, self._forbid)
         self._metrics = Metrics()
         self._shown: dict[tuple[str, int], ShownVersion] = {}
         self._revision = 0  # of the store, when it was last read
@@ -89,6 +89,7 @@ class ControlPlane:
         """Read everything that the store knows, before models are made: the records of models, by name."""
         await self.store.call(Store.forget_unanswered)
         self._revision = await self.store.call(Store.revision)
+        await self.journal.look()
         self.keyring.replace(await self.store.call(Store.keys))
         self.catalogue.replace(await self.store.call(Store.versions))
         active = await self.store.call(Store.rollouts, None, True)
@@ -104,9 +105,10 @@ class ControlPlane:
             for version in self.catalogue.of(model.name)
             if version.is_wanted is not None
         }
-        for rollout in self._active:
-            if rollout.model == model.name:
-                model.claimed = frozenset({rollout.stable, rollout.canary})
+        # Its canary is loaded when the rollout goes on: a bad one must not end the server's start.
+        model.deferred = frozenset(
+            rollout.canary for rollout in self._active if rollout.model == model.name
+        )
 
     def start(self) -> None:
         """Go on with what was active: front ends are there."""
@@ -121,7 +123,7 @@ class ControlPlane:
         self._revision = revision
         if self.keyring.replace(await self.store.call(Store.keys)):
             self._tell_keys()
-        self.journal.look()
+        await self.journal.look()
 
     async def close(self) -> None:
         """Write what is left. The store stays open."""
@@ -438,6 +440,12 @@ class ControlPlane:
         """Oldest first, from the one after an id."""
         return await self.store.call(Store.events, after, model, rollout, limit)
 
+    async def newest_events(
+        self, model: str | None, rollout: str | None, limit: int
+    ) -> list[EventRecord]:
+        """The last ones, oldest first."""
+        return await self.store.call(Store.newest_events, model, rollout, limit)
+
     async def wait_events(self, after: int) -> None:
         """Until there may be an event with a greater id."""
         await self.journal.wait(after)
@@ -487,6 +495,15 @@ class ControlPlane:
         return next(key for key in self.keyring.all() if key.id == identity)
 
     # What changes have in common
+
+    async def _forbid(self, name: str, number: int) -> None:
+        """Have a version not loaded any more; whoever calls this is operating on its model."""
+        known = self.catalogue.get(name, number) or await self._found(name, number)
+        if known is not None:
+            record = replace(known, is_wanted=False)
+            await self.journal.write(PutVersion(record))
+            self.catalogue.keep(record)
+            self._models[name].wanted[number] = False
 
     async def _want(
         self, held: ModelSupervision, number: int, is_wanted: bool, by: str, action: str

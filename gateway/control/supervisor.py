@@ -112,20 +112,17 @@ class Supervisor:
         self._start_error: GatewayError | None = None
         self._admin = _address(admin)
 
-    async def run(self) -> None:
-        """Start everything, serve until SIGTERM or SIGINT, drain, and leave no process behind.
+    async def prepare(self) -> None:
+        """Read what was decided, and make the models; before this there are no keys and no models.
 
         Raises:
-            LoadError: a version cannot be loaded at start and ``exit_on_error`` is set.
-            GatewayError: a front end cannot be started.
+            ConfigurationError: too many models, or a policy names a version that is not there.
+            Unavailable: the store does not answer.
         """
         if len(self._entries) > MAX_MODELS:
             raise ConfigurationError(
                 f"model_repository: {len(self._entries)} models, of {MAX_MODELS} at most"
             )
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
         records = await self.plane.read()
         for entry in self._entries:
             model = ModelSupervision(entry.name, self._settings, self._budget, self._observer)
@@ -133,6 +130,17 @@ class Supervisor:
             model.prepare(entry)
             if model.versions or model.record.revision:
                 self._models[entry.name] = model
+
+    async def run(self) -> None:
+        """Start everything, serve until SIGTERM or SIGINT, drain, and leave no process behind.
+
+        Raises:
+            LoadError: a version cannot be loaded at start and ``exit_on_error`` is set.
+            GatewayError: a front end cannot be started.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
         for frontend in self._frontends:
             frontend.start()
         for version in self._versions():
@@ -410,6 +418,7 @@ class Supervisor:
             return
         log.info("draining")
         self._stopping = True
+        self.plane.conductor.close()
         for operation in self._operations:
             operation.cancel()
         deadline_s = self._settings.drain_pause_s + self._settings.drain_timeout_s + KILL_MARGIN_S

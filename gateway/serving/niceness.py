@@ -9,7 +9,6 @@ user namespace, what a sandbox thinks of it), so that is tried out, on a thread 
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -69,7 +68,7 @@ def _may_return() -> bool:
 
 def _bring_back(usual: int) -> None:
     """Give all threads the value ``usual``; the calling one first, so that none is born with another."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), usual)
+    os.setpriority(os.PRIO_PROCESS, 0, usual)
     for task in Path("/proc/self/task").iterdir():
         with suppress(ProcessLookupError):
             os.setpriority(os.PRIO_PROCESS, int(task.name), usual)

@@ -52,6 +52,11 @@ class Execution:
     cache_folder: str | None = None
     cuda_graphs: bool = False
 
+    @property
+    def makes_threads(self) -> bool:
+        """Whether a session has threads of its own, beside the one that runs it."""
+        return self.threads != 1 or self.execution_mode == "parallel" or self.device != "cpu"
+
     def shapes_graph(self) -> dict[str, object]:
         """What of it decides about the optimised graph."""
         return {

@@ -19,7 +19,7 @@ from functools import partial
 
 from gateway._kernels import ring
 from gateway.errors import LoadError
-from gateway.serving import cpus, loader, memory
+from gateway.serving import cpus, loader, memory, niceness
 from gateway.serving.channel import Channel, MessageTooLarge
 from gateway.serving.gpuworker import GpuWorker, pipeline_for
 from gateway.serving.loop import Worker
@@ -70,7 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.cpus is not None:
             _stay_on(options.cpus)
-        loaded = loader.load(plan, partial(supervisor.send, "warming"))
+        loaded = niceness.load_nicely(
+            lambda: loader.load(plan, partial(supervisor.send, "warming")),
+            makes_threads=plan.execution.makes_threads,
+        )
         pipeline = pipeline_for(loaded, with_graphs=plan.execution.cuda_graphs)
     except LoadError as error:
         _send_failed(supervisor, error.message, error.detail)

@@ -121,13 +121,15 @@ class Store:
         limit: int = PAGE,
     ) -> list[EventRecord]:
         """Oldest first, from the one after an id. Nothing is ever added before what was read once."""
-        columns = tables.events.c
-        query = _after(tables.events, after, limit)
-        if model is not None:
-            query = query.where(columns.model == model)
-        if rollout is not None:
-            query = query.where(columns.rollout == rollout)
+        query = _of(_after(tables.events, after, limit), model, rollout)
         return self._records(EventRecord, query)
+
+    def newest_events(
+        self, model: str | None = None, rollout: str | None = None, limit: int = PAGE
+    ) -> list[EventRecord]:
+        """The last ones, oldest first."""
+        query = select(tables.events).order_by(tables.events.c.id.desc()).limit(limit)
+        return self._records(EventRecord, _of(query, model, rollout))[::-1]
 
     def audit(self, after: int = 0, limit: int = PAGE) -> list[AuditRecord]:
         """Oldest first, from the one after an id."""
@@ -291,6 +293,14 @@ def _rollouts() -> Select[Any]:
 
 def _after(table: Table, after: int, limit: int) -> Select[Any]:
     return select(table).where(table.c.id > after).order_by(table.c.id).limit(limit)
+
+
+def _of(events: Select[Any], model: str | None, rollout: str | None) -> Select[Any]:
+    """Those of a model, of a rollout, or all."""
+    columns = tables.events.c
+    if model is not None:
+        events = events.where(columns.model == model)
+    return events if rollout is None else events.where(columns.rollout == rollout)
 
 
 def _is_replay(actor: str, key: str) -> tuple[Any, ...]:

@@ -192,7 +192,7 @@ class LivePlane(FakePlane):
     def spec(**fields) -> RolloutSpec:
         return RolloutSpec.model_validate(fields)
 
-    def plan(self, model: str, spec: RolloutSpec) -> dict:
+    async def plan(self, model: str, spec: RolloutSpec) -> dict:
         return {"steps": len(spec.steps), "canary": spec.canary}
 
     async def start_rollout(self, model: str, spec: RolloutSpec, by: str) -> Rollout:

@@ -25,8 +25,8 @@ _SERVING = re.compile(r"serving \d+ model versions on (\S+), metrics on (\S+), a
 class Server:
     """``gateway serve`` in a process of its own.
 
-    ``url``, ``metrics_url`` and ``admin_url`` are known after `start` (or entering the context); ``lines`` holds what it
-    wrote to standard error so far.
+    ``url``, ``metrics_url`` and ``admin_url`` are known after `start` (or entering the context);
+    ``lines`` holds what it wrote to standard error so far.
     """
 
     def __init__(

@@ -247,6 +247,9 @@ class FakePlane:
             and rollout in (None, event.rollout)
         ][:limit]
 
+    async def newest_events(self, model, rollout, limit):
+        return (await self.events(0, model, rollout, None))[-limit:]
+
     async def wait_events(self, after):
         while not any(event.id > after for event in self.event_records):
             self._news.clear()

@@ -65,6 +65,23 @@ async def test_a_stream_goes_on_where_it_was_cut(port, plane):
         assert [message["id"] for message in await _messages(answer, 3)] == ["2", "3", "4"]
 
 
+async def test_the_newest_are_told_first_to_who_knows_none(port, plane):
+    async with port.session.get(f"{STREAM}&last=2") as answer:
+        plane.add_event()
+        assert [message["id"] for message in await _messages(answer, 1)] == ["1"]
+    for number in range(4):
+        plane.add_event("m1" if number % 2 else "m0")
+    async with port.session.get(f"{STREAM}&last=2") as answer:
+        plane.add_event()
+        assert [message["id"] for message in await _messages(answer, 3)] == ["4", "5", "6"]
+    left = {"Last-Event-ID": "5"}
+    async with port.session.get(f"{STREAM}&last=2", headers=left) as answer:
+        assert [message["id"] for message in await _messages(answer, 1)] == ["6"]
+    page = (await port.ask("GET", f"{EVENTS}?model=m1&last=1")).body
+    assert ([event["id"] for event in page["events"]], page["next"]) == ([5], 5)
+    assert (await port.ask("GET", f"{EVENTS}?last=0")).status == 400
+
+
 @pytest.mark.parametrize("text", ["x", "-1", "²", "9" * 30])
 async def test_a_last_event_id_is_a_number(port, text):
     async with port.session.get(STREAM, headers={"Last-Event-ID": text}) as answer:

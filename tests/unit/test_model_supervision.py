@@ -254,7 +254,7 @@ def supervisor_of(world, entries, data):
 async def test_too_many_models_are_no_start(world):
     supervisor = supervisor_of(world, [entry(1)] * (MAX_MODELS + 1), [])
     with pytest.raises(ConfigurationError, match=f"{MAX_MODELS + 1} models, of {MAX_MODELS}"):
-        await supervisor.run()
+        await supervisor.prepare()
 
 
 async def test_a_version_that_front_ends_cannot_be_told_of_fails(world):

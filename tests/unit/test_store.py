@@ -19,6 +19,7 @@ import psycopg
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -283,6 +284,9 @@ def test_event_ids_ascend_and_are_found_by_what_they_are_about(store):
     assert [event.id for event in store.events(model="m", limit=1)] == [first[0]]
     assert [event.id for event in store.events(rollout="r2")] == [*second]
     assert store.events(model="m", rollout="r2") == store.events(after=second[0]) == []
+    assert [event.id for event in store.newest_events(limit=2)] == [first[1], *second]
+    assert [event.id for event in store.newest_events("m", limit=1)] == [first[1]]
+    assert [event.id for event in store.newest_events(rollout="r2")] == [*second]
 
 
 def test_ids_are_not_used_again(store, open_store, url):
@@ -451,6 +455,17 @@ def test_the_migrations_make_the_tables_that_the_code_knows(store):
     with engine.reading(store._engine) as connection:
         made = MigrationContext.configure(connection, opts=context)
         assert compare_metadata(made, tables.metadata) == []
+        script = ScriptDirectory(str(engine.MIGRATIONS))
+        assert made.get_current_revision() == script.get_current_head()
+
+
+def test_a_database_that_is_up_to_date_needs_no_alembic(run_python, tmp_path):
+    code = (
+        "import sys; from gateway.store.store import Store; "
+        f"store = Store('sqlite:///{tmp_path}/state.db'); store.open(); store.close(); "
+        "print('alembic' in sys.modules)"
+    )
+    assert [run_python(code), run_python(code)] == ["True\n", "False\n"]
 
 
 OPEN = """

@@ -24,7 +24,7 @@ export class Live extends EventTarget {
     this.streams = [
       new Stream(() => "/live", (document) => this.take(document), (isThere) => this.connection(isThere)),
       new Stream(
-        () => `/events?stream=true&after=${this.lastEvent}`,
+        () => `/events?stream=true&${this.lastEvent ? `after=${this.lastEvent}` : `last=${KEPT_EVENTS}`}`,
         (event) => this.log(event),
         () => {},
         true,

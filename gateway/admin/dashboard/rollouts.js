@@ -152,7 +152,7 @@ export function rolloutView(page, model, id) {
       missing.hidden = error.status !== 404;
     });
   }
-  const query = `model=${encodeURIComponent(model)}&rollout=${encodeURIComponent(id)}&limit=${EVENTS}`;
+  const query = `model=${encodeURIComponent(model)}&rollout=${encodeURIComponent(id)}&last=${EVENTS}`;
   request("GET", `/events?${query}`).then(({ events }) => log.add(events)).catch((error) => live.failed(error));
   return {
     title: `Rollout of ${model}`,

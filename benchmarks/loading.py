@@ -1,0 +1,258 @@
+"""What loading and unloading a large model does to the requests of another one.
+
+    python benchmarks/loading.py
+
+One model of 200 MB is loaded and unloaded through the admin port, over and over, while a small one gets
+requests in open loop: each is due at its time, and its latency counts from then, whatever came before it.
+In turn with that, and for as long: nothing, and a process that computes at the nice value of a load. So
+what a load costs beyond the CPU that it takes would show as a difference between these two. A second
+connection asks for `/v2/health/live`, which the front end answers by itself: what keeps its event loop
+keeps that. The kernel says how long the front end and the small model's worker were kept from a CPU.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import models
+import numpy as np
+from harness import Connection, Gateway, binary_request, http_get
+from models import GraphWriter
+from onnx import TensorProto
+from report import Report, percentile
+
+ROUNDS = 10
+RATE = 300.0
+"""Requests a second of the small model; as many to the front end alone."""
+
+WIDTH = 7168
+"""Rows and columns of the FP32 matrix: 206 MB."""
+
+TAIL_S = 1.0
+"""After an unload: the digest of the file is made beside the loop, and belongs to the load."""
+
+LOADING_NICE = 10
+"""As `gateway.serving.niceness` has it."""
+
+NOTHING, BURNER, LOADING = "nothing", f"a process that computes at nice {LOADING_NICE}", "loading"
+MB = 1e6
+
+Times = list[tuple[float, float]]
+"""When a request was due, and what it took, in seconds."""
+
+
+def ask(host: str, port: int, request: bytes, until: object, out: object) -> None:
+    """Send a request at its times until told to end; runs in a process of its own."""
+    times: Times = []
+    with Connection(host, port) as connection:
+        due = time.monotonic()
+        while not until.is_set():
+            time.sleep(max(0.0, due - time.monotonic()))
+            connection.exchange(request)
+            times.append((due, time.monotonic() - due))
+            due += 1 / RATE
+    out.put(times)
+
+
+def burn(seconds: float) -> None:
+    """Compute at a load's nice value; runs in a process of its own."""
+    os.nice(LOADING_NICE)
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        pass
+
+
+@dataclass
+class Phase:
+    """What was measured beside one thing."""
+
+    spans: list[tuple[float, float]] = field(default_factory=list)
+    kept_s: float = 0.0
+    """Time that front end and worker were runnable and had no CPU."""
+
+    def of(self, times: Times) -> list[float]:
+        """Latencies in ms of what was due in its time, sorted."""
+        return sorted(
+            taken * 1e3
+            for due, taken in times
+            if any(begin <= due < end for begin, end in self.spans)
+        )
+
+    @property
+    def seconds(self) -> float:
+        """All of its time."""
+        return sum(end - begin for begin, end in self.spans)
+
+
+def kept_s(pids: list[int]) -> float:
+    """Time that all threads of processes waited for a CPU, so far."""
+    files = (t / "schedstat" for pid in pids for t in Path(f"/proc/{pid}/task").iterdir())
+    return sum(int(file.read_text().split()[1]) for file in files) / 1e9
+
+
+def resident_mb(pid: int) -> float:
+    """Memory of a process."""
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGESIZE") / MB
+
+
+def write_models(repository: Path) -> float:
+    """Write `echo`, which answers, and `big`, which comes and goes; MB of the latter."""
+    small = repository / "echo" / "1" / "model.onnx"
+    small.parent.mkdir(parents=True)
+    models.echo(small)
+    (repository / "echo" / "config.yaml").write_text("instances: [{count: 1, threads: 1}]\n")
+    g = GraphWriter("big")
+    x = g.input("x", TensorProto.FLOAT, [WIDTH])
+    g.node("MatMul", x, g.random(WIDTH, WIDTH), out="y")
+    g.output("y", TensorProto.FLOAT, [WIDTH])
+    path = repository / "big" / "1" / "model.onnx"
+    g.write(path)
+    (repository / "big" / "config.yaml").write_text("max_batch_size: 8\n")
+    return path.stat().st_size / MB
+
+
+class Measurement:
+    """Rounds on one gateway.
+
+    Args:
+        gateway: with both models.
+    """
+
+    def __init__(self, gateway: Gateway) -> None:
+        line = next(line for line in gateway.lines if "admin on " in line)
+        self._admin = line.rpartition("admin on ")[2]
+        roles = gateway.processes()
+        self._command("unload")
+        (worker,) = gateway.processes()["workers"]
+        self.pids = {name: roles[name][0] for name in ("supervisor", "front end")}
+        self._watched = [self.pids["front end"], worker]
+        self.phases = {name: Phase() for name in (NOTHING, BURNER, LOADING)}
+        self.loads: list[float] = []
+        self.unloads: list[float] = []
+
+    def round(self) -> None:
+        """Load and unload, then the others for as long."""
+        begin = time.monotonic()
+        self._measure(LOADING, self._cycle)
+        seconds = time.monotonic() - begin
+        self._measure(BURNER, lambda: self._burn(seconds))
+        self._measure(NOTHING, lambda: time.sleep(seconds))
+
+    def _measure(self, name: str, work: Callable[[], None]) -> None:
+        phase = self.phases[name]
+        kept, begin = kept_s(self._watched), time.monotonic()
+        work()
+        phase.spans.append((begin, time.monotonic()))
+        phase.kept_s += kept_s(self._watched) - kept
+
+    def _cycle(self) -> None:
+        self.loads.append(self._command("load"))
+        self.unloads.append(self._command("unload"))
+        time.sleep(TAIL_S)
+
+    def _burn(self, seconds: float) -> None:
+        process = multiprocessing.get_context("spawn").Process(target=burn, args=(seconds,))
+        process.start()
+        process.join()
+
+    def _command(self, verb: str) -> float:
+        """Seconds that a verb takes."""
+        url = f"{self._admin}/admin/v1/models/big:{verb}"
+        begin = time.monotonic()
+        with urlopen(Request(url, method="POST", headers={"If-Match": "*"})):
+            return time.monotonic() - begin
+
+
+def main() -> int:
+    """Measure and report; the exit status is 0 whatever the numbers are."""
+    with tempfile.TemporaryDirectory() as folder:
+        size_mb = write_models(Path(folder))
+        with Gateway(Path(folder)) as gateway:
+            measurement = Measurement(gateway)
+            row = np.zeros((1, models.ECHO_WIDTH), np.float32).tobytes()
+            requests = (
+                binary_request("echo", "x", [1, models.ECHO_WIDTH], row),
+                http_get("/v2/health/live"),
+            )
+            measurement.round()  # the first load reads the file and keeps its optimised graph
+            measurement.phases = {name: Phase() for name in measurement.phases}
+            measurement.loads, measurement.unloads = [], []
+            before = {name: resident_mb(pid) for name, pid in measurement.pids.items()}
+            context = multiprocessing.get_context("spawn")
+            until, out = context.Event(), [context.Queue() for _ in requests]
+            askers = [
+                context.Process(
+                    target=ask, args=(gateway.host, gateway.port, request, until, queue)
+                )
+                for request, queue in zip(requests, out, strict=True)
+            ]
+            for asker in askers:
+                asker.start()
+            time.sleep(TAIL_S)
+            for _ in range(ROUNDS):
+                measurement.round()
+            until.set()
+            answered, alive = (queue.get() for queue in out)
+            for asker in askers:
+                asker.join()
+            after = {name: resident_mb(pid) for name, pid in measurement.pids.items()}
+    publish(measurement, answered, alive, size_mb, (before, after))
+    return 0
+
+
+def publish(
+    measurement: Measurement,
+    answered: Times,
+    alive: Times,
+    size_mb: float,
+    memory: tuple[dict[str, float], dict[str, float]],
+) -> None:
+    """Make the table."""
+    report = Report(
+        "loading",
+        f"{ROUNDS} loads and unloads of a model of {size_mb:.0f} MB beside {RATE:g} requests/s of another",
+        (
+            "beside", "requests", "p50 ms", "p99 ms", "p99.9 ms", "longest ms",
+            "front end alone: p99 ms", "longest ms", "kept from a CPU, ms/s",
+        ),
+    )  # fmt: skip
+    for name, phase in measurement.phases.items():
+        took, loop = phase.of(answered), phase.of(alive)
+        report.rows.append(
+            (
+                name,
+                str(len(took)),
+                *(f"{percentile(took, percent):.2f}" for percent in (50, 99, 99.9)),
+                f"{took[-1]:.1f}",
+                f"{percentile(loop, 99):.2f}",
+                f"{loop[-1]:.1f}",
+                f"{phase.kept_s / phase.seconds * 1e3:.1f}",
+            )
+        )
+    report.notes += [
+        "open loop on one connection: latency counts from when a request was due, so that one that waits "
+        "shows in all that were due meanwhile",
+        f"seconds, median: load {np.median(measurement.loads):.2f}, unload "
+        f"{np.median(measurement.unloads):.3f}; a cycle has {TAIL_S:g} s more, for the file's digest; the "
+        "optimised graph is cached, the first load is not counted",
+        *(
+            f"resident memory of the {name}: {memory[0][name]:.1f} MB before, {memory[1][name]:.1f} MB after"
+            for name in memory[0]
+        ),
+        "kept from a CPU: time that threads of the front end and of the small model's worker were runnable "
+        "and not run, as the kernel counts it (schedstat)",
+    ]
+    report.publish()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
