@@ -14,6 +14,7 @@ import logging
 import math
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -88,9 +89,9 @@ class Asking:
         if queries or gates:
             asked.last_s = now_s
         for metric in queries:
-            self._begin(asked, metric.name, asked.queries, self._query(rollout, metric))
+            self._begin(asked, metric.name, asked.queries, partial(self._query, rollout, metric))
         for gate in gates:
-            self._begin(asked, gate.name, asked.gates, self._call(rollout, gate))
+            self._begin(asked, gate.name, asked.gates, partial(self._call, rollout, gate))
 
     def take(self, rollout: Rollout) -> tuple[dict[str, float | None], dict[str, bool | None]]:
         """The answers that came for this step since they were last taken."""
@@ -111,14 +112,14 @@ class Asking:
         asked: _Asked,
         name: str,
         answers: dict[str, float | None] | dict[str, bool | None],
-        question: Awaitable[float | bool | None],
+        question: Callable[[], Awaitable[float | bool | None]],
     ) -> None:
         is_gate = answers is asked.gates
 
         async def run() -> None:
             answer = None
             try:
-                answer = await question
+                answer = await question()
             except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
                 log.warning("'%s' gave no answer: %s", name, type(error).__name__)
             if is_gate:
