@@ -53,7 +53,7 @@ def serve(settings: ServerSettings) -> None:
 
         async def run() -> None:
             supervisor = Supervisor(
-                settings, models, data, metrics, admin, AsyncStore(store), secret
+                settings, models, data, metrics, admin, AsyncStore(store), place.url, secret
             )
             await supervisor.prepare()  # first: without its keys the admin port would ask for none
             port = AdminServer(supervisor.plane, settings)

@@ -49,12 +49,11 @@ def resolve_source(path: str, roots: Iterable[Path]) -> Path:
         except (OSError, RuntimeError):
             continue
         if found.is_relative_to(base / STATE_FOLDER):
+            is_outside = True
             break  # the server's secret and other people's uploads
         if found.is_relative_to(base) and found != base:
             return found
         is_outside = True
-    else:
-        is_outside = is_outside
     if is_outside or Path(path).is_absolute():
         raise Forbidden("the path lies outside the model repository and model_roots")
     raise InvalidRequest("there is nothing at this path beneath the repository and model_roots")

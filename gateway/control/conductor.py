@@ -225,7 +225,9 @@ class Conductor:
         if verb == "retry" and step.rollout.is_active:
             route = None if model is None else model.route
             if route is None or route.main != rollout.stable:
-                raise Conflict(f"version {rollout.stable}, which is to be replaced, does not answer")
+                raise Conflict(
+                    f"version {rollout.stable}, which is to be replaced, does not answer"
+                )
         return step
 
     # Looking

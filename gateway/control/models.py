@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 
 from gateway.control.planning import MemoryBudget
@@ -291,8 +291,15 @@ class ModelControl:
         self._models = models
         self._observer = observer
 
-    async def perform(self, action: str, name: str) -> None:
+    async def perform(
+        self, action: str, name: str, check: Callable[[ModelSupervision], None] | None = None
+    ) -> None:
         """``load`` a model from the repository, as it is now, or ``unload`` it.
+
+        Args:
+            action: ``load`` or ``unload``.
+            name: the model's.
+            check: asked when it is the operation's turn; raises what is against it.
 
         Raises:
             NotFound: to load: the repository has no such model. One to unload need not exist.
@@ -300,6 +307,8 @@ class ModelControl:
             Unavailable: not now.
         """
         async with self.operating(name) as model:
+            if check is not None:
+                check(model)
             await (self._load(model) if action == "load" else self._unload(model))
 
     @asynccontextmanager

@@ -20,6 +20,7 @@ from gateway.control.conductor import CANARY, STABLE, Conductor
 from gateway.control.counting import sample
 from gateway.control.journal import Journal, event
 from gateway.control.keyring import Keyring
+from gateway.control.leading import Leadership
 from gateway.control.models import ModelControl, ModelSupervision
 from gateway.control.version import VersionSupervision
 from gateway.control.viewing import model_view, version_view
@@ -55,6 +56,7 @@ class ControlPlane:
     Args:
         settings: the server's.
         store: open.
+        database: its URL.
         secret: the server's own.
         models: by name, as the supervisor has them.
         control: loads and unloads.
@@ -66,6 +68,7 @@ class ControlPlane:
         self,
         settings: ServerSettings,
         store: AsyncStore,
+        database: str,
         secret: bytes,
         models: dict[str, ModelSupervision],
         control: ModelControl,
@@ -76,6 +79,8 @@ class ControlPlane:
         self._models, self._control = models, control
         self._publish, self._tell_keys = publish, tell_keys
         self.journal = Journal(store)
+        self._leadership = Leadership(store, database)
+        self._is_leading = False
         self.keyring = Keyring(secret)
         self.catalogue = Catalogue(self.journal)
         self.conductor = Conductor(settings, models, control, self.journal, publish, self._forbid)
@@ -110,13 +115,36 @@ class ControlPlane:
             rollout.canary for rollout in self._active if rollout.model == model.name
         )
 
-    def start(self) -> None:
-        """Go on with what was active: front ends are there."""
+    async def start(self) -> None:
+        """Go on with what was active, if this gateway is the one to lead: front ends are there."""
+        await self._leadership.renew()
+        if self._leadership.is_held:
+            self._lead()
+        elif self._active:
+            log.warning("another gateway leads the rollouts of this database")
+
+    def _lead(self) -> None:
+        self._is_leading = True
         self.conductor.resume(self._active)
         self.conductor.start()
 
+    async def _follow_leadership(self) -> None:
+        """Lead from the moment on that the lease is held, and no longer."""
+        await self._leadership.renew()
+        if self._leadership.is_held == self._is_leading:
+            return
+        self._is_leading = self._leadership.is_held
+        if self._is_leading:
+            active = await self.store.call(Store.rollouts, None, True)
+            self._active = [Rollout.from_document(record.document) for record in active]
+            self._lead()
+        else:
+            log.error("the lease of rollouts is lost: another gateway may lead them")
+            self.conductor.close()
+
     async def refresh(self) -> None:
         """Look whether somebody else has written, as ``gateway keys`` does."""
+        await self._follow_leadership()
         revision = await self.store.call(Store.revision)
         if revision == self._revision:
             return
@@ -130,6 +158,7 @@ class ControlPlane:
         self.conductor.close()
         self.catalogue.close()
         await self.journal.flush()
+        await self._leadership.give_up()
 
     def on_state(self, version: VersionSupervision) -> None:
         """A version has come into another state."""
@@ -269,6 +298,7 @@ class ControlPlane:
             self._check_revision(held, revision)
             self._check_unneeded(held, version)
             await self._want(held, version, False, by, "version.unload")
+            self._check_unneeded(held, version)  # a rollout may have begun while that was written
             await held.unload_version(version)
         return self._version_view(model, version)
 
@@ -302,7 +332,7 @@ class ControlPlane:
         """Unload a model and remove it with all its files. Conflict while a rollout is active."""
         async with self._control.operating(self._known(model).name) as held:
             self._check_revision(held, revision)
-            self._check_idle(held)
+            self.check_idle(held)
             await held.unload()
             before = {"versions": [v.number for v in self._view(held).versions]}
             await self._write(
@@ -326,8 +356,7 @@ class ControlPlane:
     async def unload_model(self, model: str, by: str) -> None:
         """End every version of a model. Conflict while a rollout is active."""
         held = self._known(model)
-        self._check_idle(held)
-        await self._control.perform("unload", model)
+        await self._control.perform("unload", model, self.check_idle)
         await self._write(held, by, "model.unload", "", None, {}, None, text="unloaded")
         await self._publish()
 
@@ -386,7 +415,7 @@ class ControlPlane:
     ) -> ModelView:
         """Share out a model's requests by hand; None: as its settings say. Conflict: a version not READY."""
         async with self._control.operating(self._known(model).name) as held:
-            self._check_idle(held)
+            self.check_idle(held)
             if route is not None:
                 self._check_ready(held, route.versions())
             wire = None if route is None else route.to_wire()
@@ -402,6 +431,7 @@ class ControlPlane:
 
     async def start_rollout(self, model: str, spec: RolloutSpec, by: str) -> Rollout:
         """Begin a rollout: see `Conductor.checked` for what it raises."""
+        self._leadership.check()
         return await self.conductor.create(model, spec, by)
 
     async def plan(self, model: str, spec: RolloutSpec) -> dict[str, Any]:
@@ -429,6 +459,7 @@ class ControlPlane:
         self, model: str, identity: str, verb: str, by: str, revision: int | None
     ) -> Rollout:
         """Carry out ``pause``, ``resume``, ``promote``, ``promote_full``, ``abort`` or ``retry``."""
+        self._leadership.check()
         rollout = await self.rollout(model, identity)
         return await self.conductor.command(rollout, cast("Verb", verb), by, revision)
 
@@ -553,13 +584,14 @@ class ControlPlane:
         if revision is not None and revision != held.record.revision:
             raise PreconditionFailed("the model has changed since it was read: read it again")
 
-    def _check_idle(self, held: ModelSupervision) -> None:
+    def check_idle(self, held: ModelSupervision) -> None:
+        """Conflict while a rollout of a model is active."""
         if (rollout := self.conductor.active(held.name)) is not None:
             raise Conflict(f"rollout {rollout.id} of the model is active: end it first")
 
     def _check_label(self, held: ModelSupervision, label: str) -> None:
         if label in (STABLE, CANARY):
-            self._check_idle(held)
+            self.check_idle(held)
 
     @staticmethod
     def _check_unneeded(held: ModelSupervision, number: int) -> None:

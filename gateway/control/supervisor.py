@@ -58,6 +58,7 @@ class Supervisor:
         metrics: listening socket of the metrics port, which they share.
         admin: listening socket of the admin port; only its address is asked.
         store: open.
+        database: its URL.
         secret: the server's own.
 
     Attributes:
@@ -72,6 +73,7 @@ class Supervisor:
         metrics: socket.socket,
         admin: socket.socket,
         store: AsyncStore,
+        database: str,
         secret: bytes,
     ) -> None:
         self._settings = settings
@@ -100,7 +102,14 @@ class Supervisor:
         self._budget = MemoryBudget(settings.memory_bytes)
         self._control = ModelControl(settings, self._models, self._budget, self._observer)
         self.plane = ControlPlane(
-            settings, store, secret, self._models, self._control, self._publish, self._tell_keys
+            settings,
+            store,
+            database,
+            secret,
+            self._models,
+            self._control,
+            self._publish,
+            self._tell_keys,
         )
         self._beside: set[asyncio.Task[None]] = set()
         self._operations: set[asyncio.Task[None]] = set()
@@ -130,6 +139,12 @@ class Supervisor:
             model.prepare(entry)
             if model.versions or model.record.revision:
                 self._models[entry.name] = model
+        for name, record in records.items():
+            if name not in self._models and record.revision:
+                # Its files are gone: what was decided can be seen all the same, and ended.
+                model = ModelSupervision(name, self._settings, self._budget, self._observer)
+                self.plane.adopt(model, record)
+                self._models[name] = model
 
     async def run(self) -> None:
         """Start everything, serve until SIGTERM or SIGINT, drain, and leave no process behind.
@@ -145,7 +160,7 @@ class Supervisor:
             frontend.start()
         for version in self._versions():
             version.start()
-        self.plane.start()
+        await self.plane.start()
         self._begin_beside(self._watch())
         if self._settings.watch_repository:
             self._begin_beside(watch(self._settings.model_repository, self._control))
@@ -306,7 +321,8 @@ class Supervisor:
         try:
             if not self._started.is_set() or self._stopping:
                 raise Unavailable("the server is starting or shutting down")
-            await self._control.perform(message["action"], message["model"])
+            check = self.plane.check_idle if message["action"] == "unload" else None
+            await self._control.perform(message["action"], message["model"], check)
             await self._sync()
         except GatewayError as refused:
             error = refused

@@ -6,13 +6,13 @@ import asyncio
 from itertools import count
 from typing import Literal
 
-from gateway.errors import GatewayError, InvalidRequest, NotFound, Unavailable
+from gateway.errors import Conflict, GatewayError, InvalidRequest, NotFound, Unavailable
 from gateway.serving.channel import Channel
 
 MAX_OPERATIONS = 256
 """Operations that may wait at the same time; each takes memory here and in the supervisor."""
 
-_REFUSALS = {kind.code: kind for kind in (InvalidRequest, NotFound, Unavailable)}
+_REFUSALS = {kind.code: kind for kind in (Conflict, InvalidRequest, NotFound, Unavailable)}
 """What the supervisor may answer, by code; anything else is a fault of ours."""
 
 

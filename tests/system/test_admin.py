@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,52 +11,25 @@ from pathlib import Path
 import pytest
 import requests
 
+from tests.system.admin import API, DEADLINE_S, Admin, answering, copy_digits
 from tests.system.server import Server
-
-DEADLINE_S = 60
-API = "/admin/v1"
-JSON = {"Content-Type": "application/json"}
-
-
-class Admin:
-    """Asks a server's admin port; ``key`` is sent where there is one."""
-
-    def __init__(self, url: str) -> None:
-        self.url = url
-        self.key: str | None = None
-
-    def ask(self, method: str, path: str, match: str | None = None, **more) -> requests.Response:
-        headers = dict(more.pop("headers", {}))
-        if match is not None:
-            headers["If-Match"] = match
-        if self.key is not None:
-            headers["Authorization"] = f"Bearer {self.key}"
-        url = self.url + (path if path.startswith("/v1") else API + path)
-        return requests.request(method, url, headers=headers, timeout=DEADLINE_S, **more)
-
-    def etag(self, model: str) -> str:
-        return self.ask("GET", f"/models/{model}").headers["ETag"]
 
 
 @pytest.fixture
 def repository(tmp_path, digits_repository) -> Path:
     """Version 1 of digits, in a folder that may be written."""
-    folder = tmp_path / "models" / "digits"
-    folder.mkdir(parents=True)
-    shutil.copy(digits_repository / "digits" / "config.yaml", folder)
-    shutil.copytree(digits_repository / "digits" / "1", folder / "1")
-    return folder.parent
+    return copy_digits(digits_repository, tmp_path / "models" / "digits", 1).parent
 
 
 @pytest.fixture
 def server(repository) -> Iterator[Server]:
-    with Server(repository, "--admin-port", "0") as server:
+    with Server(repository) as server:
         yield server
 
 
 @pytest.fixture
 def admin(server) -> Admin:
-    return Admin(server.wait_for(r"admin on ([^\s,]+)")[1])
+    return Admin(server.admin_url)
 
 
 @pytest.fixture
@@ -66,35 +38,17 @@ def second(digits_repository) -> bytes:
     return (digits_repository / "digits" / "2" / "model.onnx").read_bytes()
 
 
-def _upload(admin: Admin, version: int, content: bytes) -> requests.Response:
-    headers = {
-        "Content-Type": "application/octet-stream",
-        "x-content-sha256": hashlib.sha256(content).hexdigest(),
-    }
-    return admin.ask("PUT", f"/models/digits/versions/{version}", data=content, headers=headers)
-
-
-def _answering(server: Server, path: str = "/v2/models/digits") -> str:
-    """The version that answers an inference."""
-    body = {
-        "inputs": [{"name": "image", "datatype": "FP32", "shape": [1, 8, 8], "data": [0.0] * 64}]
-    }
-    answer = requests.post(f"{server.url}{path}/infer", json=body, timeout=DEADLINE_S)
-    assert answer.status_code == 200, answer.text
-    return answer.headers["x-model-version"]
-
-
 def test_a_version_is_uploaded_loaded_routed_and_removed(server, admin, second):
-    made = _upload(admin, 2, second)
+    made = admin.upload(2, second)
     assert made.status_code == 201, made.text
     assert made.json()["digest"] == hashlib.sha256(second).hexdigest()
-    assert _upload(admin, 2, second).status_code == 200
-    assert _upload(admin, 2, second + b"\0").status_code == 409
+    assert admin.upload(2, second).status_code == 200
+    assert admin.upload(2, second + b"\0").status_code == 409
     path = "/models/digits/versions/2"
     assert admin.ask("POST", f"{path}:load").status_code == 428
     loaded = admin.ask("POST", f"{path}:load", admin.etag("digits"))
     assert (loaded.status_code, loaded.json()["state"]) == (200, "READY")
-    assert _answering(server) == "1"
+    assert answering(server) == "1"
     label = admin.ask(
         "PUT", "/models/digits/labels/next", loaded.headers["ETag"], json={"version": 2}
     )
@@ -104,26 +58,36 @@ def test_a_version_is_uploaded_loaded_routed_and_removed(server, admin, second):
     assert stale.status_code == 412
     routed = admin.ask("PUT", "/models/digits/route", label.headers["ETag"], json=route)
     assert routed.json()["route_by"] == "hand"
-    assert _answering(server) == "2"
+    assert answering(server) == "2"
     assert admin.ask("POST", f"{path}:unload", "*").status_code == 409  # it answers
     assert admin.ask("DELETE", "/models/digits/labels/next", "*").status_code == 200
     assert admin.ask("DELETE", "/models/digits/route", "*").status_code == 200
-    assert _answering(server) == "1"
+    assert answering(server) == "1"
     assert admin.ask("POST", f"{path}:unload", "*").status_code == 200
     assert admin.ask("DELETE", path, "*").status_code == 204
     assert admin.ask("GET", path).status_code == 404
 
 
-def test_a_version_that_does_not_load_changes_nothing(server, admin):
-    assert _upload(admin, 5, b"no model at all").status_code == 201
+def test_a_version_that_does_not_load_changes_nothing(server, admin, repository, second):
+    assert admin.upload(5, b"no model at all").status_code == 201
     failed = admin.ask("POST", "/models/digits/versions/5:load", "*")
     assert (failed.status_code, failed.json()["code"]) == (400, "invalid_request")
-    assert admin.ask("GET", "/models/digits/versions/5").json()["state"] == "FAILED"
-    assert _answering(server) == "1"
+    shown = admin.do("GET", "/models/digits/versions/5")
+    assert shown["state"] == "FAILED"
+    assert shown["reason"] in failed.json()["error"]
+    assert str(repository) not in failed.json()["error"]
+    assert answering(server) == "1"
+    kinds = [event["kind"] for event in admin.do("GET", "/events?model=digits&last=2")["events"]]
+    assert "version.failed" in kinds
+    # Its content cannot be mended, but another may take its number once it is gone.
+    assert admin.upload(5, second).status_code == 409
+    admin.do("DELETE", "/models/digits/versions/5")
+    assert admin.upload(5, second).status_code == 201
+    assert admin.do("POST", "/models/digits/versions/5:load")["state"] == "READY"
 
 
 def test_a_repeated_post_is_answered_again(admin, second):
-    _upload(admin, 2, second)
+    admin.upload(2, second)
     headers = {"Idempotency-Key": "load-2"}
     path = "/models/digits/versions/2:load"
     first = admin.ask("POST", path, "*", headers=headers)
@@ -136,7 +100,7 @@ def test_events_are_told_as_they_happen_and_from_where_one_left(admin, second):
     with requests.get(
         f"{admin.url}{API}/events?stream=true", stream=True, timeout=DEADLINE_S
     ) as stream:
-        _upload(admin, 2, second)
+        admin.upload(2, second)
         data = (line for line in stream.iter_lines() if line.startswith(b"data: "))
         found = json.loads(next(data).removeprefix(b"data: "))
         while found["model"] != "digits":
@@ -146,7 +110,7 @@ def test_events_are_told_as_they_happen_and_from_where_one_left(admin, second):
 
 
 def test_the_live_page_tells_what_answers(server, admin):
-    _answering(server)
+    answering(server)
     with requests.get(f"{admin.url}{API}/live", stream=True, timeout=DEADLINE_S) as stream:
         line = next(line for line in stream.iter_lines() if line.startswith(b"data: "))
     document = json.loads(line.removeprefix(b"data: "))

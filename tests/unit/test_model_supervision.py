@@ -247,8 +247,9 @@ def supervisor_of(world, entries, data):
         def getsockname(self):
             return "127.0.0.1", 1
 
-    store = AsyncStore(Store("sqlite:///unopened.db"))
-    return Supervisor(world.server, entries, data, None, Socket(), store, b"s" * 32)
+    database = "sqlite:///unopened.db"
+    store = AsyncStore(Store(database))
+    return Supervisor(world.server, entries, data, None, Socket(), store, database, b"s" * 32)
 
 
 async def test_too_many_models_are_no_start(world):
