@@ -7,6 +7,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 KERNELS := $(wildcard kernels/*.pyx kernels/*.h gateway/_kernels/*.pxd)
 
+# Each file runs in one process, so that its servers are started once; in the files' order, which has those
+# of many short tests last, so that both processes end at the same time.
+PYTEST_SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
+
 export ORT_DISABLE_TELEMETRY := 1
 
 .PHONY: help demo test lint types unit bench peers backend watermarks rollouts power build build-debug clean
@@ -27,7 +31,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 unit: build build-debug
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(PYTEST_SPREAD) $(PYTEST_ARGS)
 
 bench: build  ## Run the benchmarks; tables go to benchmarks/results/.
 	$(BIN)/python benchmarks/latency.py

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 import models
@@ -138,6 +139,7 @@ class Measurement:
         self.phases = {name: Phase() for name in (NOTHING, BURNER, LOADING)}
         self.loads: list[float] = []
         self.unloads: list[float] = []
+        self.load_averages = [os.getloadavg()[0]]
 
     def round(self) -> None:
         """Load and unload, then the others for as long."""
@@ -168,8 +170,11 @@ class Measurement:
         """Seconds that a verb takes."""
         url = f"{self._admin}/admin/v1/models/big:{verb}"
         begin = time.monotonic()
-        with urlopen(Request(url, method="POST", headers={"If-Match": "*"})):
-            return time.monotonic() - begin
+        try:
+            with urlopen(Request(url, method="POST", headers={"If-Match": "*"})):
+                return time.monotonic() - begin
+        except HTTPError as error:
+            raise RuntimeError(error.read().decode()) from None
 
 
 def main() -> int:
@@ -201,6 +206,7 @@ def main() -> int:
             for _ in range(ROUNDS):
                 measurement.round()
             until.set()
+            measurement.load_averages.append(os.getloadavg()[0])
             answered, alive = (queue.get() for queue in out)
             for asker in askers:
                 asker.join()
@@ -248,6 +254,9 @@ def publish(
             f"resident memory of the {name}: {memory[0][name]:.1f} MB before, {memory[1][name]:.1f} MB after"
             for name in memory[0]
         ),
+        "other work on the machine: its load average was "
+        + " to ".join(f"{load:.1f}" for load in measurement.load_averages)
+        + " (the benchmark's own is about 1)",
         "kept from a CPU: time that threads of the front end and of the small model's worker were runnable "
         "and not run, as the kernel counts it (schedstat)",
     ]

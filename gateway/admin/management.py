@@ -77,6 +77,8 @@ class ManagementHandlers:
         try:
             self._plane.model(name)
         except NotFound:
+            folder = await asyncio.to_thread(self._plane.resolve_source, call.body.base_path)
+            await self._plane.take_settings(name, folder)
             await self._register(name, call.body.base_path, call.actor)
             return Answer(_status(await self._plane.load_model(name, call.actor)), 201)
         raise Conflict("there is a model of this name already: PUT reads it again")
@@ -104,7 +106,7 @@ class ManagementHandlers:
             source = f"{base_path.rstrip('/')}/{number}/{MODEL_FILE}"
             # Checked anew: what lies in the folder may lead out of it.
             file = await asyncio.to_thread(self._plane.resolve_source, source)
-            await self._plane.register(model, number, file, source, by, False)
+            await self._plane.register(model, number, file, source, by, False, None)
 
 
 def _versions_of(folder: Path) -> list[int]:

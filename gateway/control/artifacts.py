@@ -104,6 +104,24 @@ def place(repository: Path, model: str, version: int, source: Path, *, is_move: 
         raise Unavailable(f"the version cannot be stored: {error.strerror}") from None
 
 
+def place_settings(repository: Path, model: str, source: Path) -> None:
+    """Take over the settings of a folder of versions, if it has any and the model has none. Unavailable."""
+    file, target = source / SETTINGS_FILE, repository / model / SETTINGS_FILE
+    if file.is_symlink() or not file.is_file() or target.exists():
+        return
+    try:
+        draft = Path(tempfile.mkdtemp(dir=drafts_folder(repository)))
+        try:
+            shutil.copyfile(file, draft / SETTINGS_FILE)
+            _sync(draft)
+            target.parent.mkdir(exist_ok=True)
+            (draft / SETTINGS_FILE).replace(target)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        raise Unavailable(f"the settings cannot be stored: {error.strerror}") from None
+
+
 def drafts_folder(repository: Path) -> Path:
     """Where files wait on the repository's own disk. OSError."""
     folder = repository / STATE_FOLDER / "uploads"
@@ -119,12 +137,6 @@ def remove_version(repository: Path, model: str, version: int) -> None:
 def remove_model(repository: Path, model: str) -> None:
     """Delete a model with all its files, its settings as well."""
     _remove(repository, repository / model)
-
-
-def settings_beside(source: Path) -> Path | None:
-    """The settings file of a folder of versions, where it has one."""
-    file = source / SETTINGS_FILE
-    return file if file.is_file() and not file.is_symlink() else None
 
 
 def _remove(repository: Path, folder: Path) -> None:

@@ -3,7 +3,8 @@
 A look reads counters and states, and gives them to `rollout.machine`, which gives a new record or the old
 one. A new record is written in one transaction with the model's route, its labels and the events; then the
 route is published. So a crash at any moment leaves a store from which the same step goes on, and no front
-end ever has a route that the store does not know.
+end ever has a route that the store does not know. But for one: where a roll-back cannot be written, its
+route is published all the same, and it is written before anything else is.
 """
 
 from __future__ import annotations

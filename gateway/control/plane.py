@@ -25,7 +25,7 @@ from gateway.control.models import ModelControl, ModelSupervision
 from gateway.control.version import VersionSupervision
 from gateway.control.viewing import model_view, version_view
 from gateway.control.views import ModelView, VersionSample, VersionView
-from gateway.errors import Conflict, NotFound, PreconditionFailed
+from gateway.errors import Conflict, NotFound, PreconditionFailed, Unavailable
 from gateway.rollout.machine import Verb
 from gateway.rollout.record import Rollout
 from gateway.rollout.spec import RolloutSpec
@@ -221,13 +221,38 @@ class ControlPlane:
         return artifacts.resolve_source(path, roots)
 
     def upload_folder(self) -> Path:
-        """Where a body is written before it is registered. OSError."""
-        return artifacts.drafts_folder(self.settings.model_repository)
+        """Where a body is written before it is registered. Unavailable: it cannot be."""
+        try:
+            return artifacts.drafts_folder(self.settings.model_repository)
+        except OSError as error:
+            raise Unavailable(f"no version can be stored: {error.strerror}") from None
+
+    async def take_settings(self, model: str, folder: Path) -> None:
+        """Have a model that is to be registered the settings of its folder. Unavailable."""
+        async with self._control.operating(model):
+            repository = self.settings.model_repository
+            await asyncio.to_thread(artifacts.place_settings, repository, model, folder)
 
     async def register(
-        self, model: str, version: int, file: Path, source: str, by: str, is_move: bool
+        self,
+        model: str,
+        version: int,
+        file: Path,
+        source: str,
+        by: str,
+        is_move: bool,
+        is_wanted: bool | None = False,
     ) -> tuple[VersionView, bool]:
         """Make a version of a file or folder; it is not loaded by that. Whether it is new.
+
+        Args:
+            model: its name, which may be new.
+            version: its number.
+            file: a file or folder.
+            source: where that came from, to be shown.
+            by: who registers it.
+            is_move: whether the file may be taken away.
+            is_wanted: whether it is to be loaded; None: the model's settings say that.
 
         Raises:
             Conflict: the version is there with other content.
@@ -254,7 +279,7 @@ class ControlPlane:
                 file,
                 is_move=is_move,
             )
-            record = VersionRecord(model, version, digest, nbytes, source, wall_s(), False)
+            record = VersionRecord(model, version, digest, nbytes, source, wall_s(), is_wanted)
             after = {"digest": digest, "nbytes": nbytes, "source": source}
             await self._write(
                 held,
@@ -268,7 +293,8 @@ class ControlPlane:
                 text=f"version {version} is registered",
             )
             self.catalogue.keep(record)
-            held.wanted[version] = False
+            if is_wanted is not None:
+                held.wanted[version] = is_wanted
             return self._version_view(model, version), True
 
     async def _found(self, model: str, version: int) -> VersionRecord | None:

@@ -363,7 +363,8 @@ class Supervisor:
         if version.state is VersionState.FAILED:
             text = f"model '{version.model}' version {version.number} cannot be served: "
             log.error("%s%s", text, version.detail)
-            if not self._started.is_set() and self._settings.exit_on_error:
+            is_needed = self._settings.exit_on_error and self._is_awaited(version)
+            if is_needed and not self._started.is_set():
                 self._fail_start(LoadError(text + version.detail))
         self._check_started()
 
@@ -404,13 +405,18 @@ class Supervisor:
                 timed_out=seat.timed_out,
             )
 
+    def _is_awaited(self, version: VersionSupervision) -> bool:
+        """Whether the server's start waits for a version: not for a rollout's canary, which may be bad."""
+        model = self._models.get(version.model)
+        return model is None or version.number not in model.deferred
+
     def _check_started(self) -> None:
         """Say once that the server is ready, and where."""
         if self._started.is_set() or self._stopping:
             return
         if not all(frontend.has_served for frontend in self._frontends):
             return
-        if any(version.is_loading for version in self._versions()):
+        if any(version.is_loading and self._is_awaited(version) for version in self._versions()):
             return
         self._started.set()
         for frontend in self._frontends:

@@ -157,6 +157,7 @@ class VersionSupervision:
         self.kill()
         await self._exited.wait()
         self._board.close()
+        self.ledger = self.ledger.copy()  # its numbers are still asked for; the board goes
         os.close(self.board_fd)
         self._move(VersionState.UNLOADED)
 

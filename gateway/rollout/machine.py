@@ -310,7 +310,8 @@ class RolloutMachine:
         return self._move(step, now_s, RolloutState.PROMOTING, "rollout.promoting", why)
 
     def _abort(self, step: Step, now_s: float, why: str) -> Step:
-        return self._move(step, now_s, RolloutState.ABORTING, "rollout.aborting", why)
+        text = f"rolling back: {why}"
+        return self._move(step, now_s, RolloutState.ABORTING, "rollout.aborting", text, reason=why)
 
     def _end(self, step: Step, now_s: float, to: RolloutState, version: int) -> Step:
         kind, reason = f"rollout.{to.value.lower()}", step.rollout.reason

@@ -13,7 +13,9 @@ bell). Messages out: ``warming``, ``loaded`` (signature, understanding), ``faile
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
+import signal
 import sys
 from functools import partial
 
@@ -36,6 +38,9 @@ MAX_REASON = 1000
 MAX_DETAIL = 4000
 """Characters of the same for operators; texts of ONNX Runtime's repeat names of any length."""
 
+_PR_SET_PDEATHSIG = 1
+"""Of prctl(2): the signal that this process gets when its parent ends."""
+
 
 def _stay_on(text: str) -> None:
     """Run on these CPUs only. LoadError: none of them is there."""
@@ -43,6 +48,15 @@ def _stay_on(text: str) -> None:
         os.sched_setaffinity(0, cpus.parse_cpus(text))
     except OSError as error:
         raise LoadError(f"instances: cpus: {text} cannot be used: {error.strerror}") from None
+
+
+def _end_with_supervisor(is_wanted: bool) -> None:
+    """Whether the kernel kills this process with the supervisor.
+
+    While it loads, nothing here would notice that it is an orphan, and a warm-up may never end. Once it has
+    loaded, the mailbox notices, and front ends may still be served.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL if is_wanted else 0)
 
 
 def _send_failed(supervisor: Channel, reason: str, detail: str = "") -> None:
@@ -67,6 +81,7 @@ def main(argv: list[str] | None = None) -> int:
     load, (board_fd,) = received
     options, plan = WorkerOptions.from_wire(load["options"]), LoadPlan.from_wire(load["plan"])
     logs.configure(options.log_level, options.log_format)
+    _end_with_supervisor(True)
     try:
         if options.cpus is not None:
             _stay_on(options.cpus)
@@ -93,6 +108,7 @@ def main(argv: list[str] | None = None) -> int:
         _send_failed(supervisor, f"its signature is too long: {error}")
         return 1
     mailbox.start()
+    _end_with_supervisor(False)
     shared = (
         *(loaded, consumer, counters, mailbox, supervisor),
         *(options.max_queue_delay_us, plan.max_answer_bytes),

@@ -6,19 +6,17 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
 import sys
-import tempfile
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from gateway.cli import cli
 from tests.system.admin import Admin, answering, copy_digits, infer, until
 from tests.system.postgres import postgres_server, postgres_url  # noqa: F401 - fixtures
 from tests.system.server import Server
-
-NOBODY = 65534
 
 ROUTE = "/models/digits/route"
 
@@ -43,13 +41,10 @@ def flags(tmp_path, incoming) -> list[str]:
     return ["--config", str(file)]
 
 
-def make_key(name: str, role: str, *flags: str) -> str:
-    """The text of a key that is made in the database."""
-    done = subprocess.run(
-        [sys.executable, "-m", "gateway", "keys", "create", name, "--role", role, *flags],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+def keys(*words: str) -> str:
+    """What ``gateway keys`` prints; it works on the database of a repository."""
+    done = CliRunner().invoke(cli, ["keys", *words], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
     return done.stdout.strip()
 
 
@@ -124,33 +119,33 @@ def test_what_was_decided_holds_after_a_restart(repository, digits_repository):
 
 
 def test_a_model_comes_and_goes_by_management_calls(repository, incoming, flags, digits_repository):
-    settings = incoming / "config.yaml"
-    settings.unlink()
+    (incoming / "config.yaml").write_text("version_policy: {specific: [2]}\n")
     with Server(repository, *flags) as server:
         admin = Admin(server.admin_url)
         body = {"name": "other", "base_path": str(incoming)}
         made = admin.do("POST", "/v1/models", None, json=body)
-        states = {one["version"]: one["state"] for one in made["model_version_status"]}
-        assert states["3"] == "AVAILABLE"
-        assert answering(server, "/v2/models/other") == "3"
+        assert _states(made) == {"2": "AVAILABLE", "3": "START"}  # as the folder's settings say
+        assert answering(server, "/v2/models/other") == "2"
         shutil.copytree(digits_repository / "digits" / "1", incoming / "4")
-        told = admin.do("PUT", "/v1/models/other", None, json={"base_path": str(incoming)})
-        states = {one["version"]: one["state"] for one in told["model_version_status"]}
-        assert states["4"] == "AVAILABLE"
-        assert answering(server, "/v2/models/other") == "4"
+        again = admin.do("PUT", "/v1/models/other", None, json={"base_path": str(incoming)})
+        assert _states(again) == {"2": "AVAILABLE", "3": "START", "4": "START"}
         assert [one["name"] for one in admin.do("GET", "/v1/models")["models"]] == [
             "digits",
             "other",
         ]
         admin.do("DELETE", "/v1/models/other", None)
-        (_, _, newest) = admin.do("GET", "/v1/models/other")["model_version_status"]
-        assert (newest["version"], newest["state"]) == ("4", "END")
+        ended = admin.do("GET", "/v1/models/other")
+        assert _states(ended) == {"2": "END", "3": "START", "4": "START"}
         assert infer(server, "/v2/models/other").status_code == 503
         admin.do("DELETE", "/models/other")
         assert admin.ask("GET", "/v1/models/other").status_code == 404
         assert infer(server, "/v2/models/other").status_code == 404
         assert not (repository / "other").exists()
         assert answering(server) == "1"
+
+
+def _states(status: dict) -> dict[str, str]:
+    return {version["version"]: version["state"] for version in status["model_version_status"]}
 
 
 def test_what_is_moved_into_a_watched_repository_is_served(repository, incoming, tmp_path):
@@ -170,23 +165,19 @@ def test_keys_of_the_data_port_are_made_and_revoked_while_it_serves(repository):
     where = f"--model-repository={repository}"
     assert "gateway keys create" in refused(repository, "--data-keys")
     assert "gateway keys create" in refused(repository, "--admin-host", "0.0.0.0")
-    make_key("boss", "admin", where)
-    everything = make_key("all", "infer", where)
+    keys("create", "boss", "--role=admin", where)
+    everything = keys("create", "all", "--role=infer", where)
     with Server(repository, "--data-keys") as server:
         assert infer(server).status_code == 401
         assert infer(server, key="igw_" + "0" * 48).status_code == 401
         assert infer(server, key=everything).status_code == 200
-        own = make_key("own", "infer", "--model", "digits", where)
+        own = keys("create", "own", "--role=infer", "--model=digits", where)
         until(lambda: infer(server, key=own).status_code == 200)
-        foreign = make_key("foreign", "infer", "--model", "other", where)
+        foreign = keys("create", "foreign", "--role=infer", "--model=other", where)
         until(lambda: infer(server, key=foreign).status_code == 403)
         admin = Admin(server.admin_url, everything)
         assert admin.ask("GET", "/models").status_code == 403
-        done = subprocess.run(
-            [sys.executable, "-m", "gateway", "keys", "revoke", own.split("_")[1], "--yes", where],
-            capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+        keys("revoke", own.split("_")[1], "--yes", where)
         until(lambda: infer(server, key=own).status_code == 401)
         assert infer(server, key=everything).status_code == 200
 
@@ -216,24 +207,22 @@ def test_the_state_may_be_in_postgresql(repository, digits_repository, postgres_
 
 
 @pytest.fixture
-def read_only(digits_repository):
+def read_only(tmp_path, digits_repository):
     """A repository that nobody may write to."""
-    folder = Path(tempfile.mkdtemp())  # not pytest's, which no other user may enter
-    copy_digits(digits_repository, folder / "digits", 1)
+    folder = copy_digits(digits_repository, tmp_path / "models" / "digits", 1).parent
     for path in (*folder.rglob("*"), folder):
         path.chmod(0o555 if path.is_dir() else 0o444)
     yield folder
     for path in (folder, *folder.rglob("*")):
         path.chmod(path.stat().st_mode | stat.S_IWUSR)
-    shutil.rmtree(folder)
 
 
 def test_a_repository_that_cannot_be_written_to_is_served(read_only, tmp_path, digits_repository):
     python = sys.executable
     if os.geteuid() == 0:  # who may write everywhere
         wrapper = tmp_path / "python"
-        ids = f"--reuid={NOBODY} --regid={NOBODY} --clear-groups"
-        wrapper.write_text(f'#!/bin/sh\nexec setpriv {ids} {sys.executable} "$@"\n')
+        less = "--bounding-set=-dac_override,-dac_read_search"
+        wrapper.write_text(f'#!/bin/sh\nexec setpriv {less} {sys.executable} "$@"\n')
         wrapper.chmod(0o755)
         python = str(wrapper)
     with Server(read_only, python=python) as server:

@@ -8,6 +8,7 @@ import time
 import pytest
 
 from tests.system.rolling import (
+    DEADLINE_S,
     MODEL,
     Admin,
     Answer,
@@ -21,10 +22,12 @@ from tests.system.rolling import (
 )
 from tests.system.server import LANES, Server
 
+ERRORS = {"name": "errors", "source": "errors", "margin": 0.02}
+
 JUDGED = {
     "metrics": [
-        {"name": "errors", "source": "errors", "margin": 0.03},
-        {"name": "compute", "source": "compute", "margin": 0.25, "test": "inferiority"},
+        ERRORS,
+        {"name": "compute", "source": "compute", "margin": 0.3},
         {"name": "agreement", "source": "agreement", "bound": 0.85},
     ],
     "skip_requests": 10,
@@ -64,9 +67,13 @@ def start_again(repository, **env: str) -> Server:
 def check_resumed(before: dict, route: dict, server: Server, admin: Admin, identity: str) -> None:
     """A server has taken up a rollout as the store had it, and its answers say the same."""
     after = admin.rollout(identity)
+    deadline = time.monotonic() + DEADLINE_S
+    while admin.ask("GET", f"/models/{MODEL}/versions/2")["state"] != "READY":
+        assert time.monotonic() < deadline, "the canary is not loaded again"
+        time.sleep(0.02)
     if before["state"] == "STEPPING":
         assert after == before
-        assert admin.ask("GET", f"/models/{MODEL}/route")["shares"] == route["shares"]
+        assert admin.ask("GET", f"/models/{MODEL}")["route"] == route
     else:
         assert (after["id"], after["attempt"]) == (before["id"], before["attempt"])
     with Load(server.url, keys=KEYS, most=100) as load:
@@ -124,18 +131,6 @@ def test_good_versions_are_promoted_and_bad_ones_rolled_back(repository):
             begun = len(load.answers)
             rollout = admin.wait_end(rollout["id"])
             answers, events = load.answers[begun:], admin.events(rollout["id"])
-            print(
-                name,
-                rollout["state"],
-                rollout["reason"],
-                len(answers),
-                {v: sum(a.version == v for a in answers) for v in {a.version for a in answers}},
-                exposure(answers, rollout, events),
-                [
-                    (round(e["at_s"] - rollout["created_s"], 2), e["kind"], e["text"])
-                    for e in events
-                ],
-            )
             assert rollout["state"] == end, f"{name}: {rollout['reason']}"
             bad = {"failing": number}.get(name, -1)
             assert not failures(answers, bad), name
@@ -177,7 +172,7 @@ def test_a_canary_that_ends_its_workers_is_rolled_back(repository):
         Load(server.url, rate=100) as load,
     ):
         admin.register("crashing", 2)
-        rollout = admin.start(JUDGED | {"canary": 2, "steps": STEPS[1:], "metrics": []})
+        rollout = admin.start(JUDGED | {"canary": 2, "steps": STEPS[2:], "metrics": [ERRORS]})
         rollout = admin.wait_end(rollout["id"])
         assert rollout["state"] == "ABORTED", rollout["reason"]
     assert not failures(load.answers, 2)
@@ -243,7 +238,7 @@ def test_weights_hold_and_keys_stay(repository, lane):
         rollout = admin.start(spec | {"sticky": {"key": "header:X-User"}})
         mine = rollout["id"]
         admin.wait(mine, is_at(0))
-        with Load(server.url, rate=400, keys=KEYS) as steady:
+        with Load(server.url, rate=400, keys=KEYS[:50]) as steady:
             for number, weight in enumerate(weights):
                 admin.wait(mine, is_at(number))
                 with Load(server.url, rate=None, most=2500) as drawn:
@@ -262,13 +257,8 @@ def test_weights_hold_and_keys_stay(repository, lane):
             moved.setdefault(answer.key, answer.answered_s)
         else:
             assert since_s is None or answer.sent_s < since_s, f"{answer.key} went back"
-    assert moved.keys() == set(KEYS)
-    early = {
-        answer.key
-        for answer in steady.answers
-        if answer.version == 2 and bucket(rollout["salt"], answer.key) < 500
-    }
-    assert early == {key for key in KEYS if bucket(rollout["salt"], key) < 500}
+    salt = rollout["salt"]
+    assert moved.keys() >= {key for key in KEYS[:50] if bucket(salt, key) < weights[-2]}
 
 
 @pytest.mark.slow
@@ -288,14 +278,14 @@ def test_kills_at_any_moment_change_nothing_of_a_rollout(repository):
                 identity = admin.start(spec)["id"]
             with Load(server.url, rate=200, keys=KEYS):
                 if lives == KILLS:
-                    break_at = admin.wait_end(identity)
+                    ended = admin.wait_end(identity)
                     break
                 time.sleep(chance.uniform(0, 1.5))
                 kill_all(server)
         lives += 1
         assert is_whole(repository)
         before, route = stored(repository, identity)
-    assert break_at["state"] == "SUCCEEDED"
+    assert ended["state"] == "SUCCEEDED"
 
 
 @pytest.mark.parametrize("kind", ["broken", "hanging"])
@@ -310,9 +300,12 @@ def test_a_canary_that_cannot_be_loaded_does_not_keep_a_killed_server_from_its_s
         kill_all(server)
     if kind == "broken":
         (repository / MODEL / "2" / "model.onnx").write_bytes(b"no model at all")
-    with start_again(repository, GATEWAY_LOAD_TIMEOUT_S="2") as server:
-        with Admin(server.admin_url) as admin, Load(server.url, rate=100, most=50) as load:
-            load.wait()
-            assert admin.wait_end(mine)["state"] == "FAILED"
+    with (
+        start_again(repository, GATEWAY_LOAD_TIMEOUT_S="8") as server,
+        Admin(server.admin_url) as admin,
+        Load(server.url, rate=100, most=50) as load,
+    ):
+        load.wait()
+        assert admin.wait_end(mine)["state"] == "FAILED"
     assert not failures(load.answers)
     assert {answer.version for answer in load.answers} == {1}

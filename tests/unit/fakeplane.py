@@ -90,6 +90,7 @@ class FakePlane:
         self.sample_list: list[VersionSample] = []
         self.running: dict[str, Rollout] = {}
         self.files: dict[tuple[str, int], bytes] = {}
+        self.settings_of: dict[str, Path] = {}
         self._folder = folder
         self._keys: dict[str, KeyRecord] = {}
         self._news = asyncio.Event()
@@ -150,7 +151,10 @@ class FakePlane:
     def upload_folder(self) -> Path:
         return self._folder
 
-    async def register(self, model, version, file, source, by, is_move):
+    async def take_settings(self, model, folder):
+        self.settings_of[model] = folder
+
+    async def register(self, model, version, file, source, by, is_move, is_wanted=False):
         content = file.read_bytes()
         before = self.files.setdefault((model, version), content)
         if before != content:

@@ -22,7 +22,13 @@ RANKS = {
 
 PRIVATE_TO = {
     "onnxruntime": {"gateway.serving.session"},
-    "aiohttp": {"gateway.frontend", "gateway.control", "gateway.admin", "gateway.cli", "gateway.client"},
+    "aiohttp": {
+        "gateway.frontend",
+        "gateway.control",
+        "gateway.admin",
+        "gateway.cli",
+        "gateway.client",
+    },
     "pydantic": {"gateway.settings", "gateway.rollout", "gateway.admin"},
     "sqlalchemy": {"gateway.store"},
     "alembic": {"gateway.store"},

@@ -88,7 +88,7 @@ export function modelView(page, name) {
   const panel = rolloutPanel(page, true);
   const versions = h("ul", { class: "versions" });
   const past = pastRollouts(page, name);
-  const log = eventList(live, (event) => event.model === name);
+  const log = eventList(live, (event) => event.model === name, false);
   found.append(
     section("Traffic", decided, traffic.node),
     panel.node,

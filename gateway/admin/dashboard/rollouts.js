@@ -93,11 +93,11 @@ function stepEntry({ step, at }) {
   const mark = h("span", { class: "mark" });
   const word = h("span", { class: "muted" });
   const mirror = step.mirror_percent ? `, copies of ${number(step.mirror_percent)} %` : "";
-  const wants = [
-    step.min_duration_s && `at least ${duration(step.min_duration_s)}`,
+  const least = [
+    step.min_duration_s && duration(step.min_duration_s),
     step.min_requests && `${number(step.min_requests)} requests`,
-    step.pause && "then waits for you",
-  ].filter(Boolean).join(", ");
+  ].filter(Boolean).join(" and ");
+  const wants = [least && `at least ${least}`, step.pause && "then waits for you"].filter(Boolean).join(", ");
   const title = h("strong", {}, `${basisPoints(step.weight_bp)}${mirror}`);
   const node = h("li", {}, mark, title, word, h("span", { class: "muted wants" }, wants));
   let shown = null;
@@ -126,11 +126,12 @@ function progressOf(rollout, now) {
   const { canary, baseline, compared, agreed } = rollout.seen;
   const isRunning = RUNS.includes(rollout.state);
   const answered = number(rollout.answered);
+  const least = step.min_requests ? ` (at least ${number(step.min_requests)})` : "";
   return [
     ["Attempt", `${rollout.attempt}`],
     ["Started", moment(rollout.created_s)],
     ...(isRunning ? [["In this step for", duration(now - rollout.step_started_s)]] : []),
-    ["Canary's requests", `${answered} of ${number(step.min_requests)}, ${number(rollout.failed)} failed`],
+    ["Canary's requests", `${answered}${least}, ${number(rollout.failed)} failed`],
     ["Compared", `${number(canary.requests)} with ${number(baseline.requests)}`],
     ...(compared ? [["Copies that agree", `${number(agreed)} of ${number(compared)}`]] : []),
   ];

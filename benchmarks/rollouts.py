@@ -1,0 +1,197 @@
+"""Whether rollouts end as they should under load, and go on where they were after SIGKILL.
+
+    python benchmarks/rollouts.py
+
+Twenty rollouts in a row under 500 requests a second: ten good versions, and ten that are bad in different
+ways. Then a rollout whose server is killed again and again at random moments. Then 100,000 requests for
+each split of a route, with and without keys, in both lanes. Everything is the system tests' own.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+
+from report import ROOT, Report, spread
+
+sys.path.insert(0, str(ROOT))
+from tests.system import rolling
+from tests.system.rolling import Admin, Load
+from tests.system.server import LANES, Server
+
+GOOD, ROLLOUTS = "good", 20
+BAD = ("failing", "wrong", "slow", "crashing", "broken", "hanging", "dead")
+"""Ways to be bad, in turn: ``dead`` fails every request."""
+
+ENDS = {GOOD: "SUCCEEDED", "broken": "FAILED", "hanging": "FAILED"}
+"""How a rollout of a kind must end, if not ABORTED."""
+
+KILLS, SPLIT_REQUESTS = 50, 100_000
+WEIGHTS = (100, 1000, 5000, 9000)
+LOAD_TIMEOUT_S = "10"
+
+COPIES = {"weight_bp": 0, "mirror_percent": 50, "min_requests": 20}
+
+SPEC = {
+    "metrics": [
+        {"name": "errors", "source": "errors", "margin": 0.02},
+        {"name": "compute", "source": "compute", "margin": 0.3},
+        {"name": "agreement", "source": "agreement", "bound": 0.85},
+    ],
+    "steps": [
+        COPIES,
+        {"weight_bp": 2000, "min_requests": 60, "mirror_percent": 75},
+        {"weight_bp": 5000, "min_requests": 60},
+    ],
+    "skip_requests": 10,
+    "abort_keep_warm_s": 0,
+    "progress_deadline_s": 120,
+}
+
+
+def roll(repository: Path, report: Report) -> bool:
+    """Every rollout, one row for each kind; whether each ended as it should and nobody else failed."""
+    kinds = [GOOD if i % 2 == 0 else BAD[i // 2 % len(BAD)] for i in range(ROLLOUTS)]
+    took: dict[str, list[float]] = {}
+    ends, exposed, strangers, beyond = Counter(), Counter(), 0, 0
+    with (
+        Server(repository, GATEWAY_LOAD_TIMEOUT_S=LOAD_TIMEOUT_S) as server,
+        Admin(server.admin_url) as admin,
+        Load(server.url) as load,
+    ):
+        for number, kind in enumerate(kinds, 2):
+            above = 0 if kind == "dead" else rolling.ODD
+            admin.register("failing" if kind == "dead" else kind, number, above)
+            begun, begun_s = len(load.answers), time.monotonic()
+            steps = SPEC["steps"][1:] if kind in ("dead", "crashing") else SPEC["steps"]
+            metrics = SPEC["metrics"][: 3 if len(steps) == 3 else 2]
+            spec = SPEC | {"canary": number, "steps": steps, "metrics": metrics}
+            rollout = admin.wait_end(admin.start(spec)["id"], 180)
+            took.setdefault(kind, []).append(time.monotonic() - begun_s)
+            print(f"{kind}: {rollout['state']}: {rollout['reason']}", flush=True)
+            answers = load.answers[begun:]
+            found = rolling.exposure(answers, rollout, admin.events(rollout["id"]))
+            ends[kind] += rollout["state"] == ENDS.get(kind, "ABORTED")
+            exposed[kind] += sum(a.version == number and not a.is_right for a in answers)
+            strangers += sum(a.version != number and not a.is_right for a in answers)
+            beyond += found.answered > found.most
+    for kind, times in took.items():
+        end = ENDS.get(kind, "ABORTED")
+        right = f"{ends[kind]} of {len(times)} {end}"
+        report.rows.append([f"rollout, {kind}", right, spread(times, 1), str(exposed[kind])])
+    report.notes.append(
+        f"{len(load.answers):,} requests at {load.rate:g}/s; not answered, or wrongly, by another version "
+        f"than the canary: {strangers}; canaries that answered more than their weight by 4 standard "
+        f"deviations: {beyond}"
+    )
+    return sum(ends.values()) == ROLLOUTS and not strangers and not beyond
+
+
+def kill(repository: Path, report: Report) -> bool:
+    """SIGKILL at random moments; whether each rollout went on as the store had it."""
+    chance, same, kills, stayed = random.Random(7), 0, 0, Counter()
+    steps = [{"weight_bp": weight, "min_requests": 60} for weight in (1500, 3000, 5000, 8000)]
+    spec = {"steps": steps, "metrics": [], "abort_keep_warm_s": 0}
+    number, identity, before = 1, "", None
+    while kills < KILLS:
+        with (
+            Server(repository, GATEWAY_ORPHAN_GRACE_S="0") as server,
+            Admin(server.admin_url) as admin,
+        ):
+            if before is not None:
+                after = admin.rollout(identity)
+                is_same = (
+                    after == before if before["state"] == "STEPPING" else _is_on(before, after)
+                )
+                same += is_same
+                stayed[before["state"]] += 1
+            if before is None or after["state"] in rolling.ENDS:
+                number += 1
+                admin.register(GOOD, number)
+                identity = admin.start(spec | {"canary": number})["id"]
+            with Load(server.url, rate=200):
+                time.sleep(chance.uniform(0, 2))
+                rolling.kill_all(server)
+        kills += 1
+        before, _ = rolling.stored(repository, identity)
+        if not rolling.is_whole(repository):
+            raise RuntimeError("the database is damaged")
+    where = ", ".join(f"{state} {count}" for state, count in stayed.most_common())
+    report.rows.append(["SIGKILL", f"{same} of {KILLS - 1} went on", "", ""])
+    report.notes.append(f"states in which the server was killed: {where}")
+    return same == KILLS - 1
+
+
+def _is_on(before: Mapping, after: Mapping) -> bool:
+    """Whether a rollout outside its steps is the same attempt, and not ended otherwise than before."""
+    if before["state"] in rolling.ENDS:
+        return after["state"] == before["state"]
+    return after["attempt"] == before["attempt"] and after["state"] not in ("ABORTED", "FAILED")
+
+
+def split(repository: Path, report: Report) -> bool:
+    """Requests for each weight; whether the parts are the weights'."""
+    worst = 0.0
+    keys = tuple(f"user-{i}" for i in range(SPLIT_REQUESTS))
+    rounds = [(lane, keyed) for lane in LANES for keyed in ((), keys)]
+    for lane, keyed in rounds:
+        with Server(repository, **LANES[lane]) as server, Admin(server.admin_url) as admin:
+            main = admin.ask("GET", f"/models/{rolling.MODEL}")["route"]["shares"][-1]["version"]
+            other = 1 if main != 1 else 2
+            admin.ask("POST", f"/models/{rolling.MODEL}/versions/{other}:load")
+            for weight in WEIGHTS:
+                shares = [(other, weight), (main, 10_000 - weight)]
+                route = {
+                    "shares": [{"version": v, "weight_bp": bp} for v, bp in shares],
+                    "sticky": {"key": "header:X-User"},
+                }
+                admin.ask("PUT", f"/models/{rolling.MODEL}/route", json=route)
+                many = SPLIT_REQUESTS // len(WEIGHTS)
+                with Load(server.url, rate=None, keys=keyed, most=many) as load:
+                    load.wait()
+                share, count = weight / 10_000, len(load.answers)
+                got = sum(answer.version == other for answer in load.answers)
+                off = abs(got - count * share) / math.sqrt(count * share * (1 - share))
+                worst = max(worst, off)
+            admin.ask("DELETE", f"/models/{rolling.MODEL}/route")
+    report.rows.append(["splits", f"{worst:.1f} standard deviations at most", "", ""])
+    return worst <= 4
+
+
+def main() -> int:
+    """The exit status: 1 where anything was missed."""
+    report = Report(
+        "rollouts",
+        "Rollouts under load, killed servers, splits",
+        ("what", "ended as it should", "seconds", "requests that the canary failed"),
+        left=2,
+    )
+    texts = {
+        f"{ROLLOUTS} rollouts end as they should, and nobody but a bad canary fails a request": roll,
+        f"after each of {KILLS} SIGKILLs the rollout goes on as the store has it": kill,
+        f"{SPLIT_REQUESTS:,} requests for each lane, with and without keys, within 4 deviations": split,
+    }
+    is_met = True
+    with tempfile.TemporaryDirectory() as folder:
+        for i, (text, measure) in enumerate(texts.items()):
+            repository = rolling.make_repository(Path(folder) / str(i))
+            if measure is split:
+                place = repository / rolling.MODEL / "2"
+                place.mkdir()
+                (place / "model.onnx").write_bytes(rolling.version_bytes(GOOD, 2))
+            begun_s = time.monotonic()
+            met = measure(repository, report)
+            report.target(text, met, f"{time.monotonic() - begun_s:.0f} s")
+            is_met = is_met and met
+    report.publish()
+    return 0 if is_met else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
