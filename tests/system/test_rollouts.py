@@ -169,10 +169,12 @@ def test_a_canary_that_ends_its_workers_is_rolled_back(repository):
     with (
         Server(repository) as server,
         Admin(server.admin_url) as admin,
-        Load(server.url, rate=100) as load,
+        Load(server.url, rate=400) as load,
     ):
         admin.register("crashing", 2)
-        rollout = admin.start(JUDGED | {"canary": 2, "steps": STEPS[2:], "metrics": [ERRORS]})
+        rollout = admin.start(
+            JUDGED | {"canary": 2, "steps": STEPS[2:], "metrics": [ERRORS | {"margin": 0.005}]}
+        )
         rollout = admin.wait_end(rollout["id"])
         assert rollout["state"] == "ABORTED", rollout["reason"]
     assert not failures(load.answers, 2)
