@@ -141,7 +141,7 @@ class Endpoint:
     def _current(self, http: web.Request) -> int:
         """The revision of what is there. NotFound: nothing is."""
         if "model" in self._operation.parameters:
-            return self._plane.model(http.match_info["model"]).revision
+            return self._plane.registry.model(http.match_info["model"]).revision
         keys = self._plane.keys()
         if all(key.id != http.match_info["id"] for key in keys):
             raise NotFound("there is no key with this id: list the keys")

@@ -73,7 +73,7 @@ class LiveFeed:
         while now_s - self._looks[0].at_s > WINDOW_S + FRESH_S:
             self._looks.popleft()
         first = self._looks[0]
-        models = plane.models()
+        models = plane.registry.models()
         return {
             "at_s": self._wall_s(),
             "models": models,

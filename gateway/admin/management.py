@@ -67,7 +67,9 @@ class ManagementHandlers:
 
     async def models(self, call: Call) -> Answer:
         """Of each that the caller may see, by name."""
-        found = [model for model in self._plane.models() if call.identity.may_touch(model.name)]
+        found = [
+            model for model in self._plane.registry.models() if call.identity.may_touch(model.name)
+        ]
         return Answer({"models": [{"name": model.name, **_status(model)} for model in found]})
 
     async def create(self, call: Call) -> Answer:
@@ -75,38 +77,40 @@ class ManagementHandlers:
         name = call.body.name
         call.identity.require_model(name)
         try:
-            self._plane.model(name)
+            self._plane.registry.model(name)
         except NotFound:
-            folder = await asyncio.to_thread(self._plane.resolve_source, call.body.base_path)
-            await self._plane.take_settings(name, folder)
+            folder = await asyncio.to_thread(
+                self._plane.registry.resolve_source, call.body.base_path
+            )
+            await self._plane.registry.take_settings(name, folder)
             await self._register(name, call.body.base_path, call.actor)
-            return Answer(_status(await self._plane.load_model(name, call.actor)), 201)
+            return Answer(_status(await self._plane.registry.load_model(name, call.actor)), 201)
         raise Conflict("there is a model of this name already: PUT reads it again")
 
     async def model(self, call: Call) -> Answer:
         """Of one."""
-        return Answer(_status(self._plane.model(call.model)))
+        return Answer(_status(self._plane.registry.model(call.model)))
 
     async def reload(self, call: Call) -> Answer:
         """What its repository, or first another folder, has now."""
         if call.body.base_path is not None:
             await self._register(call.model, call.body.base_path, call.actor)
-        return Answer(_status(await self._plane.load_model(call.model, call.actor)))
+        return Answer(_status(await self._plane.registry.load_model(call.model, call.actor)))
 
     async def unload(self, call: Call) -> Answer:
         """All of its versions; nothing is removed."""
-        self._plane.model(call.model)  # NotFound
-        await self._plane.unload_model(call.model, call.actor)
+        self._plane.registry.model(call.model)  # NotFound
+        await self._plane.registry.unload_model(call.model, call.actor)
         return Answer({})
 
     async def _register(self, model: str, base_path: str, by: str) -> None:
-        folder = await asyncio.to_thread(self._plane.resolve_source, base_path)
+        folder = await asyncio.to_thread(self._plane.registry.resolve_source, base_path)
         numbers = await asyncio.to_thread(_versions_of, folder)
         for number in numbers:
             source = f"{base_path.rstrip('/')}/{number}/{MODEL_FILE}"
             # Checked anew: what lies in the folder may lead out of it.
-            file = await asyncio.to_thread(self._plane.resolve_source, source)
-            await self._plane.register(model, number, file, source, by, False, None)
+            file = await asyncio.to_thread(self._plane.registry.resolve_source, source)
+            await self._plane.registry.register(model, number, file, source, by, False, None)
 
 
 def _versions_of(folder: Path) -> list[int]:

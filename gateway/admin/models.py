@@ -119,7 +119,9 @@ class ModelHandlers:
     async def models(self, call: Call) -> Answer:
         """A page of those that the caller may see."""
         after = call.query.after or ""
-        found = [model for model in self._plane.models() if call.identity.may_touch(model.name)]
+        found = [
+            model for model in self._plane.registry.models() if call.identity.may_touch(model.name)
+        ]
         page, token = page_of([m for m in found if m.name > after], call.query.limit, _name_of)
         return Answer({"models": page, "next": token})
 
@@ -129,28 +131,28 @@ class ModelHandlers:
 
     async def delete_model(self, call: Call) -> Answer:
         """Unload and remove it."""
-        await self._plane.delete_model(call.model, call.actor, call.revision)
+        await self._plane.registry.delete_model(call.model, call.actor, call.revision)
         return Answer(None, 204)
 
     async def load_model(self, call: Call) -> Answer:
         """As its version policy decides."""
-        view = await self._plane.load_model(call.model, call.actor)
+        view = await self._plane.registry.load_model(call.model, call.actor)
         return Answer(view, revision=view.revision)
 
     async def unload_model(self, call: Call) -> Answer:
         """All of it."""
-        await self._plane.unload_model(call.model, call.actor)
+        await self._plane.registry.unload_model(call.model, call.actor)
         return self._shown(call.model)
 
     def _shown(self, model: str) -> Answer:
-        view = self._plane.model(model)
+        view = self._plane.registry.model(model)
         return Answer(view, revision=view.revision)
 
     # Versions
 
     async def versions(self, call: Call) -> Answer:
         """A page of them, ascending."""
-        view = self._plane.model(call.model)
+        view = self._plane.registry.model(call.model)
         after = 0 if call.query.after is None else parse_version(call.query.after)
         if after is None:
             raise InvalidRequest("after: must be the number of a version")
@@ -160,7 +162,7 @@ class ModelHandlers:
 
     async def version(self, call: Call) -> Answer:
         """One."""
-        view = self._plane.model(call.model)
+        view = self._plane.registry.model(call.model)
         for version in view.versions:
             if version.number == call.version:
                 return Answer(version, revision=view.revision)
@@ -170,37 +172,43 @@ class ModelHandlers:
         """A new version, or the same again."""
         plane, model, number, by = self._plane, call.model, call.version, call.actor
         if call.body is None:
-            async with self._uploads.receive(call.http, plane.upload_folder()) as file:
-                view, is_new = await plane.register(model, number, file, "upload", by, True)
+            async with self._uploads.receive(call.http, plane.registry.upload_folder()) as file:
+                view, is_new = await plane.registry.register(
+                    model, number, file, "upload", by, True
+                )
         else:
             source = call.body.source
-            file = await asyncio.to_thread(plane.resolve_source, source)
-            view, is_new = await plane.register(model, number, file, source, by, False)
+            file = await asyncio.to_thread(plane.registry.resolve_source, source)
+            view, is_new = await plane.registry.register(model, number, file, source, by, False)
         return self._changed(call, view, 201 if is_new else 200)
 
     async def delete_version(self, call: Call) -> Answer:
         """Remove it and its files."""
-        await self._plane.delete_version(call.model, call.version, call.actor, call.revision)
+        await self._plane.registry.delete_version(
+            call.model, call.version, call.actor, call.revision
+        )
         return Answer(None, 204)
 
     async def load(self, call: Call) -> Answer:
         """Answered when it is READY."""
-        view = await self._plane.load(call.model, call.version, call.actor, call.revision)
+        view = await self._plane.registry.load(call.model, call.version, call.actor, call.revision)
         return self._changed(call, view)
 
     async def unload(self, call: Call) -> Answer:
         """Answered when its requests have ended."""
-        view = await self._plane.unload(call.model, call.version, call.actor, call.revision)
+        view = await self._plane.registry.unload(
+            call.model, call.version, call.actor, call.revision
+        )
         return self._changed(call, view)
 
     def _changed(self, call: Call, view: VersionView, status: int = 200) -> Answer:
-        return Answer(view, status, self._plane.model(call.model).revision)
+        return Answer(view, status, self._plane.registry.model(call.model).revision)
 
     # Labels and routes
 
     async def labels(self, call: Call) -> Answer:
         """A page of them, by name."""
-        view = self._plane.model(call.model)
+        view = self._plane.registry.model(call.model)
         after = call.query.after or ""
         found = [LabelView(*item) for item in sorted(view.labels.items()) if item[0] > after]
         page, token = page_of(found, call.query.limit, _label_of)
@@ -208,33 +216,33 @@ class ModelHandlers:
 
     async def set_label(self, call: Call) -> Answer:
         """Onto another version, or for the first time."""
-        view = await self._plane.set_label(
+        view = await self._plane.registry.set_label(
             call.model, call.name("label"), call.body.version, call.actor, call.revision
         )
         return Answer(view, revision=view.revision)
 
     async def delete_label(self, call: Call) -> Answer:
         """Remove it."""
-        view = await self._plane.delete_label(
+        view = await self._plane.registry.delete_label(
             call.model, call.name("label"), call.actor, call.revision
         )
         return Answer(view, revision=view.revision)
 
     async def route(self, call: Call) -> Answer:
         """As it would be put."""
-        view = self._plane.model(call.model)
+        view = self._plane.registry.model(call.model)
         return Answer(route_view(view), revision=view.revision)
 
     async def set_route(self, call: Call) -> Answer:
         """Set it by hand."""
-        current = self._plane.model(call.model).route
+        current = self._plane.registry.model(call.model).route
         route = route_of(call.body, "" if current is None else current["salt"])
-        view = await self._plane.set_route(call.model, route, call.actor, call.revision)
+        view = await self._plane.registry.set_route(call.model, route, call.actor, call.revision)
         return Answer(view, revision=view.revision)
 
     async def reset_route(self, call: Call) -> Answer:
         """Forget what was set by hand."""
-        view = await self._plane.set_route(call.model, None, call.actor, call.revision)
+        view = await self._plane.registry.set_route(call.model, None, call.actor, call.revision)
         return Answer(view, revision=view.revision)
 
 

@@ -79,7 +79,7 @@ class RolloutHandlers:
 
     async def rollouts(self, call: Call) -> Answer:
         """Of one model."""
-        self._plane.model(call.model)  # NotFound
+        self._plane.registry.model(call.model)  # NotFound
         return await self._page(call, call.model)
 
     async def start(self, call: Call) -> Answer:
@@ -129,5 +129,5 @@ class RolloutHandlers:
         )
 
     def _shown(self, call: Call, rollout: Rollout, status: int = 200) -> Answer:
-        revision = self._plane.model(call.model).revision
+        revision = self._plane.registry.model(call.model).revision
         return Answer(rollout.to_document(), status, revision)

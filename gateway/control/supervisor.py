@@ -321,7 +321,7 @@ class Supervisor:
         try:
             if not self._started.is_set() or self._stopping:
                 raise Unavailable("the server is starting or shutting down")
-            check = self.plane.check_idle if message["action"] == "unload" else None
+            check = self.plane.registry.check_idle if message["action"] == "unload" else None
             await self._control.perform(message["action"], message["model"], check)
             await self._sync()
         except GatewayError as refused:

@@ -165,6 +165,7 @@ def test_a_canary_that_fails_everything_goes_within_a_second_of_traffic(reposito
     assert failed[-1].answered_s < events["rollout.aborted"] + 0.1
 
 
+@pytest.mark.slow
 def test_a_canary_that_ends_its_workers_is_rolled_back(repository):
     with (
         Server(repository) as server,
@@ -175,7 +176,7 @@ def test_a_canary_that_ends_its_workers_is_rolled_back(repository):
         rollout = admin.start(
             JUDGED | {"canary": 2, "steps": STEPS[2:], "metrics": [ERRORS | {"margin": 0.005}]}
         )
-        rollout = admin.wait_end(rollout["id"])
+        rollout = admin.wait_end(rollout["id"], 90)
         assert rollout["state"] == "ABORTED", rollout["reason"]
     assert not failures(load.answers, 2)
 

@@ -85,6 +85,7 @@ class FakePlane:
     def __init__(self, folder: Path, models: int = 1) -> None:
         self.store = FakeStore()
         self.session_secret = SECRET
+        self.registry = self  # one fake for both
         self.calls: list[tuple] = []
         self.event_records: list[EventRecord] = []
         self.sample_list: list[VersionSample] = []
