@@ -110,7 +110,9 @@ class Scenario:
             ),
             metrics=(
                 MetricSpec(name="errors", source="errors", test=self.test),
-                MetricSpec(name="latency", source="latency", test=self.test, margin=self.margin),
+                MetricSpec(
+                    name="latency", source="latency", test=self.test, margin=self.margin, slack_ms=0
+                ),
             ),
         )
 

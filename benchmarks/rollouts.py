@@ -41,7 +41,7 @@ COPIES = {"weight_bp": 0, "mirror_percent": 50, "min_requests": 20}
 SPEC = {
     "metrics": [
         {"name": "errors", "source": "errors", "margin": 0.02},
-        {"name": "compute", "source": "compute", "margin": 0.3},
+        {"name": "compute", "source": "compute", "margin": 0.3, "slack_ms": 0},
         {"name": "agreement", "source": "agreement", "bound": 0.85},
     ],
     "steps": [

@@ -59,6 +59,8 @@ class _Lead:
     counting: Counting = field(default_factory=Counting)
     begun_attempt: int = 0  # whose load of the canary was begun by this process
     cannot_load: str = ""
+    deaths: int = 0  # of the canary's workers, in this attempt
+    starts: int = 0  # of its workers, when they were last looked at
     is_settled: bool = False
     owed: Callable[[], Awaitable[None]] | None = None  # writes what was acted on and not written
     complaint: str = ""  # that was logged last
@@ -279,6 +281,7 @@ class Conductor:
             return
         if lead.begun_attempt != rollout.attempt:
             lead.begun_attempt = rollout.attempt
+            lead.deaths = lead.starts = 0
             lead.loading = asyncio.get_running_loop().create_task(self._load_canary(lead))
         if lead.loading is not None and not lead.loading.done():
             return  # before its load has begun, nobody can tell whether the canary is gone
@@ -286,10 +289,11 @@ class Conductor:
             lead.is_settled = await self._publish()
         canary, stable = (model.versions.get(n) for n in (rollout.canary, rollout.stable))
         queries, gates = lead.asking.take(rollout)
+        broken = lead.cannot_load or _crashing(lead, canary)
         facts = Facts(
             now_s=wall_s(),
-            canary=VersionState.FAILED if lead.cannot_load else _state(canary),
-            canary_reason=lead.cannot_load or (canary.reason if canary is not None else ""),
+            canary=VersionState.FAILED if broken else _state(canary),
+            canary_reason=broken or (canary.reason if canary is not None else ""),
             is_stable_ready=_state(stable) is VersionState.READY,
             is_settled=lead.is_settled,
             delta=lead.counting.since_last(
@@ -414,6 +418,21 @@ def _labels(labels: object, rollout: Rollout) -> dict[str, int]:
 def _claims(rollout: Rollout) -> frozenset[int]:
     """The versions that a rollout needs loaded; after its end for as long as they are kept warm."""
     return frozenset({rollout.stable, rollout.canary})
+
+
+def _crashing(lead: _Lead, canary: VersionSupervision | None) -> str:
+    """Why a canary whose workers die again and again is given up; empty where they do not.
+
+    What it dies of is a request, which costs the version nothing as long as it is that request's doing. A
+    canary has to answer for the requests that the stable version survives.
+    """
+    switch = lead.rollout.spec.kill_switch
+    if switch is None or canary is None or canary.state is not VersionState.READY:
+        return ""
+    starts = sum(canary.worker_starts())
+    lead.deaths += max(0, starts - lead.starts) if lead.starts else 0
+    lead.starts = starts
+    return f"its workers died {lead.deaths} times" if lead.deaths >= switch.worker_deaths else ""
 
 
 def _state(version: VersionSupervision | None) -> VersionState | None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gateway.clock import NS_PER_S
+from gateway.clock import NS_PER_MS, NS_PER_S
 from gateway.rollout.observation import Arm, Observation, Sketch
 from gateway.rollout.sequential import Bounds, Quantile, Rate, difference, ratio
 from gateway.rollout.spec import MetricSpec, RolloutSpec, Source
@@ -53,7 +53,7 @@ class Verdict:
         source: where its numbers come from. Rates are parts of 1, durations are seconds.
         outcome: what follows.
         test: ``noninferiority``, ``inferiority`` or (of a query) ``threshold``.
-        limit: the margin or bound that the outcome is about.
+        limit: the margin or bound that the outcome is about; of durations at least the slack.
         direction: of a query, whether lower or higher is better.
         alpha: how often a test like this one may be wrong, at any of its looks.
         canary: of the new version.
@@ -135,7 +135,7 @@ class Verdict:
             case "prometheus":
                 return f"{'below' if is_worse else 'at least'} {self.limit:g}"
             case "latency" | "compute":
-                words = f"more than {100 * self.limit:g} % slower"
+                words = f"more than {100 * self.limit:.3g} % slower"
             case _:
                 points = "point" if self.limit == 0.01 else "points"
                 words = f"more than {100 * self.limit:g} percentage {points} worse"
@@ -264,10 +264,15 @@ def _judge_durations(
     ours, theirs = (Quantile(side, bounds, metric.quantile) for side in (canary, baseline))
     slower = ratio(ours, theirs, alpha)
     samples = ours.samples, theirs.samples
-    outcome = _decide(metric, samples, slower, 1 + metric.limit, minimum)
+    limit = metric.limit
+    if theirs.samples:
+        limit = max(limit, metric.slack_ms * NS_PER_MS / max(1.0, theirs.estimate()))
+    outcome = _decide(metric, samples, slower, 1 + limit, minimum)
     change = Estimate(ours.estimate() / theirs.estimate() if all(samples) else None, *slower)
     both = _of_quantile(ours, alpha), _of_quantile(theirs, alpha)
-    return _verdict(metric, outcome, alpha, *both, change, quantile=metric.quantile, rows=rows)
+    return _verdict(
+        metric, outcome, alpha, *both, change, limit=limit, quantile=metric.quantile, rows=rows
+    )
 
 
 def _decide(
@@ -305,6 +310,7 @@ def _verdict(
     baseline: Estimate | None = None,
     change: Estimate | None = None,
     *,
+    limit: float | None = None,
     test: str | None = None,
     quantile: float | None = None,
     rows: int | None = None,
@@ -314,7 +320,7 @@ def _verdict(
         source=metric.source,
         outcome=outcome,
         test=metric.test if test is None else test,
-        limit=metric.limit,
+        limit=metric.limit if limit is None else limit,
         direction=metric.direction,
         alpha=alpha,
         canary=canary,

@@ -100,6 +100,9 @@ class MetricSpec(Part):
     margin: Annotated[float, Field(ge=0, le=1000, allow_inf_nan=False)] | None = None
     """How much worse is still good. Of errors and refusals a difference of rates (default 0.01); of
     latency and compute a part of the stable version's (default 0.1)."""
+    slack_ms: Annotated[float, Field(ge=0, le=60_000, allow_inf_nan=False)] = 0.5
+    """Of latency and compute, a difference that is good whatever part it is: a version with less traffic
+    has colder caches, which shows where runs are short."""
     bound: Annotated[float, Field(allow_inf_nan=False)] | None = None
     """Of agreement the least rate (default 0.99); of prometheus the value that divides good from bad."""
     direction: Literal["lower", "higher"] = "lower"
@@ -123,6 +126,7 @@ class MetricSpec(Part):
         belongs = {
             "quantile": {"latency", "compute"},
             "margin": {"errors", "refusals", "latency", "compute"},
+            "slack_ms": {"latency", "compute"},
             "bound": {"agreement", "prometheus"},
             "direction": {"prometheus"},
             "compare": {"agreement"},
@@ -170,6 +174,8 @@ class KillSwitchSpec(Part):
     """The canary's part of errors since the step's begin at which it acts."""
     min_requests: Annotated[int, Field(ge=1, le=10**6)] = 20
     """Requests of the canary before which it does not."""
+    worker_deaths: Annotated[int, Field(ge=1, le=10**6)] = 10
+    """Deaths of the canary's workers, in one attempt, at which it acts, too."""
 
 
 class GateSpec(Part):

@@ -184,6 +184,23 @@ def test_durations_are_judged_by_their_ratio(ours_ms, margin, outcome):
     assert verdict.change.value == pytest.approx(ours_ms / 10, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("ours_ms", "theirs_ms", "slack_ms", "outcome"),
+    [
+        (0.4, 0.2, 0.5, PASS),  # twice as slow, and nobody's loss
+        (0.4, 0.2, 0.1, FAIL),
+        (0.9, 0.2, 0.5, FAIL),
+        (30, 20, 0.5, FAIL),
+        (20, 20, 0.5, PASS),
+    ],
+)
+def test_what_is_within_the_slack_is_good(ours_ms, theirs_ms, slack_ms, outcome):
+    verdict = look(metric("latency", slack_ms=slack_ms), lasting(ours_ms, theirs_ms, 40_000))
+    assert verdict.outcome is outcome
+    expected = max(0.1, slack_ms / (1e3 * verdict.baseline.value))
+    assert verdict.limit == pytest.approx(expected)
+
+
 def test_the_quantile_is_the_one_that_was_asked_for():
     calm = durations(10, 9000, 0.1) | {ledger.sketch_bucket(500 * MS): 900}
     seen = Observation(Arm(latency=calm), Arm(latency=durations(10, 20_000, 0.1)))
