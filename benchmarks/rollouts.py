@@ -1,6 +1,6 @@
 """Whether rollouts end as they should under load, and go on where they were after SIGKILL.
 
-    python benchmarks/rollouts.py
+    python benchmarks/rollouts.py [--parts rollouts,kills,splits]
 
 Twenty rollouts in a row under 500 requests a second: ten good versions, and ten that are bad in different
 ways. Then a rollout whose server is killed again and again at random moments. Then 100,000 requests for
@@ -9,6 +9,7 @@ each split of a route, with and without keys, in both lanes. Everything is the s
 
 from __future__ import annotations
 
+import argparse
 import math
 import random
 import sys
@@ -41,7 +42,7 @@ COPIES = {"weight_bp": 0, "mirror_percent": 50, "min_requests": 20}
 SPEC = {
     "metrics": [
         {"name": "errors", "source": "errors", "margin": 0.02},
-        {"name": "compute", "source": "compute", "margin": 0.3, "slack_ms": 0},
+        {"name": "compute", "source": "compute", "margin": 0.7, "slack_ms": 0},
         {"name": "agreement", "source": "agreement", "bound": 0.85},
     ],
     "steps": [
@@ -166,6 +167,9 @@ def split(repository: Path, report: Report) -> bool:
 
 def main() -> int:
     """The exit status: 1 where anything was missed."""
+    parser = argparse.ArgumentParser(description="Rollouts under load.")
+    parser.add_argument("--parts", default="rollouts,kills,splits", help="names with commas")
+    parts = parser.parse_args().parts.split(",")
     report = Report(
         "rollouts",
         "Rollouts under load, killed servers, splits",
@@ -173,13 +177,21 @@ def main() -> int:
         left=2,
     )
     texts = {
-        f"{ROLLOUTS} rollouts end as they should, and nobody but a bad canary fails a request": roll,
-        f"after each of {KILLS} SIGKILLs the rollout goes on as the store has it": kill,
-        f"{SPLIT_REQUESTS:,} requests for each lane, with and without keys, within 4 deviations": split,
+        f"{ROLLOUTS} rollouts end as they should, and nobody but a bad canary fails a request": (
+            "rollouts",
+            roll,
+        ),
+        f"after each of {KILLS} SIGKILLs the rollout goes on as the store has it": ("kills", kill),
+        f"{SPLIT_REQUESTS:,} requests for each lane, with and without keys, within 4 deviations": (
+            "splits",
+            split,
+        ),
     }
     is_met = True
     with tempfile.TemporaryDirectory() as folder:
-        for i, (text, measure) in enumerate(texts.items()):
+        for i, (text, (part, measure)) in enumerate(texts.items()):
+            if part not in parts:
+                continue
             repository = rolling.make_repository(Path(folder) / str(i))
             if measure is split:
                 place = repository / rolling.MODEL / "2"

@@ -27,7 +27,7 @@ ERRORS = {"name": "errors", "source": "errors", "margin": 0.02}
 JUDGED = {
     "metrics": [
         ERRORS,
-        {"name": "compute", "source": "compute", "margin": 0.3, "slack_ms": 0},
+        {"name": "compute", "source": "compute", "margin": 0.7, "slack_ms": 0},
         {"name": "agreement", "source": "agreement", "bound": 0.85},
     ],
     "skip_requests": 10,

@@ -62,7 +62,9 @@ async def test_unloading_gives_everything_back(make, frontends):
     before = len(os.listdir("/proc/self/fd"))
     await version.unload()
     assert observer.states == [VersionState.UNLOADING, VersionState.UNLOADED]
-    assert len(os.listdir("/proc/self/fd")) == before - 2  # its board, and the mapping's own
+    assert (
+        len(os.listdir("/proc/self/fd")) == before - 3
+    )  # its board, and those of its two mappings
     await version.wait_loaded()  # nobody waits for ever
     version.kill_overdue()  # nor looks at a board that is gone
     with pytest.raises(RuntimeError, match="from UNLOADED to UNLOADING"):
