@@ -237,7 +237,7 @@ def own_answers_to_requests_that_run_together(zoo: Zoo, graph: Graph) -> None:
 
 
 async def _run_together(zoo: Zoo, graph: Graph) -> None:
-    """First, of a batched graph, what shares batches: its worker stands still until all wait; then a crowd."""
+    """First, of a batched graph, what shares batches: its worker waits for all of it; then a crowd."""
     model, url = zoo.direct(graph), zoo.server.url
     rng = np.random.default_rng(SEED)
     samples = [graph.sample(rng, rows) for rows in TOGETHER]
