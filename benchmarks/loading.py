@@ -26,8 +26,7 @@ from urllib.request import Request, urlopen
 import models
 import numpy as np
 from harness import Connection, Gateway, binary_request, http_get
-from models import GraphWriter
-from onnx import TensorProto
+from reload import write_model
 from report import Report, percentile
 
 ROUNDS = 10
@@ -111,14 +110,7 @@ def write_models(repository: Path) -> float:
     small.parent.mkdir(parents=True)
     models.echo(small)
     (repository / "echo" / "config.yaml").write_text("instances: [{count: 1, threads: 1}]\n")
-    g = GraphWriter("big")
-    x = g.input("x", TensorProto.FLOAT, [WIDTH])
-    g.node("MatMul", x, g.random(WIDTH, WIDTH), out="y")
-    g.output("y", TensorProto.FLOAT, [WIDTH])
-    path = repository / "big" / "1" / "model.onnx"
-    g.write(path)
-    (repository / "big" / "config.yaml").write_text("max_batch_size: 8\n")
-    return path.stat().st_size / MB
+    return write_model(repository, WIDTH)
 
 
 class Measurement:

@@ -36,6 +36,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
@@ -337,16 +338,14 @@ def compare(model: Model, slo_ms: float, kind: str, load: float) -> dict[str, li
     return outcomes
 
 
-def draw(panels: list[dict[str, object]], figure: Path) -> bool:
-    """Draw the figure in a Python that has matplotlib; False where there is none."""
+def draw(panels: list[dict[str, Any]], figure: Path, script: str = "policy_chart.py") -> bool:
+    """Have a script beside this one draw a figure, in a Python with matplotlib; False where there is none."""
     here = importlib.util.find_spec("matplotlib") is not None
     python = Path(sys.executable) if here else CHART_PYTHON
     if not python.exists():
         return False
-    script = Path(__file__).with_name("policy_chart.py")
-    subprocess.run(
-        [python, script, figure], input=json.dumps(panels), text=True, check=True, cwd=ROOT
-    )
+    command = [python, Path(__file__).with_name(script), figure]
+    subprocess.run(command, input=json.dumps(panels), text=True, check=True, cwd=ROOT)
     return True
 
 

@@ -53,12 +53,12 @@ class Held:
         )
 
 
-def write_model(repository: Path) -> float:
-    """Write the model `big`; its size in MB."""
+def write_model(repository: Path, width: int = WIDTH) -> float:
+    """Write the model `big`, a product of so many squared; its size in MB."""
     g = GraphWriter("big")
-    x = g.input("x", TensorProto.FLOAT, [WIDTH])
-    g.node("MatMul", x, g.random(WIDTH, WIDTH), out="y")
-    g.output("y", TensorProto.FLOAT, [WIDTH])
+    x = g.input("x", TensorProto.FLOAT, [width])
+    g.node("MatMul", x, g.random(width, width), out="y")
+    g.output("y", TensorProto.FLOAT, [width])
     path = repository / "big" / "1" / "model.onnx"
     g.write(path)
     (repository / "big" / "config.yaml").write_text("max_batch_size: 8\n")

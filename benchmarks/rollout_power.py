@@ -18,24 +18,20 @@ The figure needs matplotlib, see `benchmarks/policy.py`.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
-import json
 import math
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from policy import CHART_PYTHON
-from report import RESULTS, ROOT, Report
+from policy import draw
+from report import RESULTS, Report
 
 from gateway.clock import NS_PER_MS
 from gateway.rollout.analysis import Outcome, alpha_of, judge
@@ -281,19 +277,6 @@ def curve(ends: Sequence[End]) -> list[list[float]]:
     return [[t, 100 * (i + 1) / len(ends)] for i, t in enumerate(times)]
 
 
-def draw(panels: list[dict[str, Any]], figure: Path) -> bool:
-    """Draw the figure in a Python that has matplotlib; False where there is none."""
-    here = importlib.util.find_spec("matplotlib") is not None
-    python = Path(sys.executable) if here else CHART_PYTHON
-    if not python.exists():
-        return False
-    script = Path(__file__).with_name("rollout_power_chart.py")
-    subprocess.run(
-        [python, script, figure], input=json.dumps(panels), text=True, check=True, cwd=ROOT
-    )
-    return True
-
-
 def main() -> int:
     """Simulate, publish; 1 where a target is missed."""
     parser = argparse.ArgumentParser(description="Power of rollouts' verdicts.")
@@ -367,7 +350,7 @@ def publish(
     ]
     panels[0]["lines"] |= {"quiet": curve(quiet), "outage": curve(fixed[OUTAGE.name])}
     figure = RESULTS / "rollout_power.png"
-    if draw(panels, figure):
+    if draw(panels, figure, "rollout_power_chart.py"):
         report.figure = figure.name
     else:
         print("no figure: it needs matplotlib, see the head of benchmarks/policy.py")

@@ -29,6 +29,7 @@ from gateway.names import NAME
 from gateway.security.keys import Role, key_digest, make_key
 
 if TYPE_CHECKING:
+    from gateway.store.place import Place
     from gateway.store.records import AuditRecord, KeyRecord
     from gateway.store.store import Store
 
@@ -146,29 +147,26 @@ def _stored(state: str | None, repository: Path | None) -> Iterator[StoredKeys]:
     """The keys of the server that has these settings."""
     from gateway.store.store import Store
 
-    url, folder = _place(state, repository)
-    store = Store(url)
+    place = _place(state, repository)
+    store = Store(place.url)
     store.open()
     try:
-        yield StoredKeys(store, store.secret(folder))
+        yield StoredKeys(store, store.secret(place.folder))
     finally:
         store.close()
 
 
-def _place(state: str | None, repository: Path | None) -> tuple[str, Path]:
-    """A server's database, and the folder of its secret: beside the database where that is a file."""
-    if repository is not None:
-        from gateway.settings import load_server_settings
+def _place(state: str | None, repository: Path | None) -> Place:
+    """Where a server with these settings has its database and its secret."""
+    from gateway.settings import load_server_settings
+    from gateway.store.place import SQLITE, STATE_FOLDER, place_at
 
+    if repository is not None:
         settings = load_server_settings(model_repository=repository, state=state)
-        state = settings.state or f"sqlite:///{repository / '.gateway' / 'state.db'}"
-    if state is None or not state.startswith("sqlite:///"):
-        if repository is None:
-            raise ConfigurationError(
-                "--state: of such a database, --model-repository is needed, too"
-            )
-        return str(state), repository / ".gateway"
-    return state, Path(state.removeprefix("sqlite:///")).parent
+        return place_at(settings.state, repository / STATE_FOLDER)
+    if state is None or not state.startswith(SQLITE):
+        raise ConfigurationError("--state: of such a database, --model-repository is needed, too")
+    return place_at(state, Path())
 
 
 def _on_keys(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,9 +15,7 @@ from pathlib import Path
 
 from gateway.control.repository import MODEL_FILE, SETTINGS_FILE
 from gateway.errors import Conflict, Forbidden, InvalidRequest, Unavailable
-
-STATE_FOLDER = ".gateway"
-"""What of the repository is ours: state, secret, cache, uploads."""
+from gateway.store.place import STATE_FOLDER
 
 CHUNK_BYTES = 1 << 20
 

@@ -12,10 +12,10 @@ import hashlib
 import hmac
 import logging
 import math
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -89,9 +89,9 @@ class Asking:
         if queries or gates:
             asked.last_s = now_s
         for metric in queries:
-            self._begin(asked, metric.name, asked.queries, partial(self._query, rollout, metric))
+            self._begin(asked, self._ask_query(asked, rollout, metric))
         for gate in gates:
-            self._begin(asked, gate.name, asked.gates, partial(self._call, rollout, gate))
+            self._begin(asked, self._ask_gate(asked, rollout, gate))
 
     def take(self, rollout: Rollout) -> tuple[dict[str, float | None], dict[str, bool | None]]:
         """The answers that came for this step since they were last taken."""
@@ -107,29 +107,18 @@ class Asking:
         for task in self._asked.tasks:
             task.cancel()
 
-    def _begin(
-        self,
-        asked: _Asked,
-        name: str,
-        answers: dict[str, float | None] | dict[str, bool | None],
-        question: Callable[[], Awaitable[float | bool | None]],
-    ) -> None:
-        is_gate = answers is asked.gates
-
-        async def run() -> None:
-            answer = None
-            try:
-                answer = await question()
-            except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
-                log.warning("'%s' gave no answer: %s", name, type(error).__name__)
-            if is_gate:
-                asked.gates[name] = None if answer is None else bool(answer)
-            else:
-                asked.queries[name] = answer
-
-        task = asyncio.get_running_loop().create_task(run())
+    def _begin(self, asked: _Asked, question: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(question)
         asked.tasks.add(task)
         task.add_done_callback(asked.tasks.discard)
+
+    async def _ask_query(self, asked: _Asked, rollout: Rollout, metric: MetricSpec) -> None:
+        value = await _answer(metric.name, partial(self._query, rollout, metric))
+        asked.queries[metric.name] = value
+
+    async def _ask_gate(self, asked: _Asked, rollout: Rollout, gate: GateSpec) -> None:
+        approved = await _answer(gate.name, partial(self._call, rollout, gate))
+        asked.gates[gate.name] = approved
 
     async def _query(self, rollout: Rollout, metric: MetricSpec) -> float | None:
         """The one value that a query gives; None for none, several or not a number."""
@@ -181,6 +170,18 @@ class Asking:
             secret.get_secret_value().encode(), stamp.encode() + b"." + body, hashlib.sha256
         )
         return {STAMP: stamp, SIGNATURE: f"sha256={signed.hexdigest()}"}
+
+
+_T = TypeVar("_T")
+
+
+async def _answer(name: str, ask: Callable[[], Awaitable[_T | None]]) -> _T | None:
+    """What was answered; None where nothing was, whatever went wrong."""
+    try:
+        return await ask()
+    except (TimeoutError, aiohttp.ClientError, OSError, ValueError) as error:
+        log.warning("'%s' gave no answer: %s", name, type(error).__name__)
+        return None
 
 
 _Request = Callable[[aiohttp.ClientSession], "aiohttp.client._RequestContextManager"]

@@ -12,6 +12,7 @@ from gateway.control.artifacts import digest_of
 from gateway.control.journal import Journal, event
 from gateway.control.version import VersionSupervision
 from gateway.errors import GatewayError
+from gateway.serving.routes import VersionState
 from gateway.store.changes import PutVersion
 from gateway.store.records import VersionRecord
 
@@ -83,7 +84,8 @@ class Catalogue:
                 text = f"version {number} in the repository has other content than before"
                 await self._journal.write(PutVersion(record), event("version.changed", model, text))
             else:
-                version.fail("its file is not the one that was registered")
+                if version.state is VersionState.READY:  # it may have gone meanwhile
+                    version.fail("its file is not the one that was registered")
                 return
             self.keep(record)
         except OSError as error:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -401,13 +401,11 @@ class Conductor:
         return replace(record, revision=record.revision + 1, route=route, labels=labels)
 
 
-def _labels(labels: object, rollout: Rollout) -> dict[str, int]:
+def _labels(labels: Mapping[str, int], rollout: Rollout) -> dict[str, int]:
     """A model's labels while its rollout is as it is."""
-    held = dict(labels) if isinstance(labels, dict) else {}
-    if rollout.state is RolloutState.SUCCEEDED or rollout.state is RolloutState.PROMOTING:
+    held = {**labels, STABLE: rollout.stable}
+    if rollout.state in (RolloutState.PROMOTING, RolloutState.SUCCEEDED):
         held[STABLE] = rollout.canary
-    else:
-        held[STABLE] = rollout.stable
     if rollout.state in ROUTING:
         held[CANARY] = rollout.canary
     elif held.get(CANARY) == rollout.canary:

@@ -80,8 +80,7 @@ class ModelSupervision:
         if (decided := self.decided) is not None:
             return decided if decided.main in ready else None
         if self._promote == "manual":
-            is_there = self._pinned is not None and self._pinned in ready
-            return ModelRoute.to(self._pinned) if is_there and self._pinned else None
+            ready &= {self._pinned}
         return ModelRoute.to(routed_version(ready, self._promote)) if ready else None
 
     @property

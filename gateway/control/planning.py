@@ -9,9 +9,10 @@ from gateway.serving.cpus import usable_cpus, usable_memory_bytes
 from gateway.serving.options import WorkerOptions
 from gateway.serving.plan import Execution, LoadPlan
 from gateway.settings import Instance, ModelSettings, ServerSettings
+from gateway.store.place import STATE_FOLDER
 from gateway.tensors import Padding
 
-CACHE_FOLDER = Path(".gateway") / "cache"
+CACHE_FOLDER = Path(STATE_FOLDER) / "cache"
 """Where in the model repository optimised graphs are kept unless a setting says otherwise."""
 
 Key = tuple[str, int, int]

@@ -14,10 +14,11 @@ from typing import Any
 
 from gateway.clock import wall_s
 from gateway.control import artifacts
-from gateway.control.catalogue import Catalogue
+from gateway.control.catalogue import REPOSITORY, Catalogue
 from gateway.control.conductor import CANARY, STABLE
 from gateway.control.journal import Journal, event
 from gateway.control.models import ModelControl, ModelSupervision
+from gateway.control.repository import MODEL_FILE
 from gateway.control.viewing import model_view, version_view
 from gateway.control.views import ModelView, VersionView
 from gateway.errors import Conflict, NotFound, PreconditionFailed, Unavailable
@@ -127,7 +128,7 @@ class Registry:
             lambda: artifacts.digest_of(artifacts.model_file(file))
         )
         async with self._control.operating(model) as held:
-            known = self._catalogue.get(model, version) or await self._found(model, version)
+            known = await self._recorded(model, version)
             if known is not None:
                 if known.digest != digest:
                     raise Conflict(
@@ -161,13 +162,15 @@ class Registry:
                 held.wanted[version] = is_wanted
             return self._version_view(model, version), True
 
-    async def _found(self, model: str, version: int) -> VersionRecord | None:
-        """The record of a version that lies in the repository and was never looked at."""
-        path = self._settings.model_repository / model / str(version) / "model.onnx"
+    async def _recorded(self, model: str, version: int) -> VersionRecord | None:
+        """The record of a version, made where it lies in the repository and was never looked at."""
+        if (known := self._catalogue.get(model, version)) is not None:
+            return known
+        path = self._settings.model_repository / model / str(version) / MODEL_FILE
         if not await asyncio.to_thread(path.is_file):
             return None
         digest, nbytes = await asyncio.to_thread(artifacts.digest_of, path)
-        record = VersionRecord(model, version, digest, nbytes, "repository", wall_s())
+        record = VersionRecord(model, version, digest, nbytes, REPOSITORY, wall_s())
         await self._journal.write(PutVersion(record))
         self._catalogue.keep(record)
         return record
@@ -321,7 +324,7 @@ class Registry:
 
     async def forbid(self, name: str, number: int) -> None:
         """Have a version not loaded any more; whoever calls this is operating on its model."""
-        known = self._catalogue.get(name, number) or await self._found(name, number)
+        known = await self._recorded(name, number)
         if known is not None:
             record = replace(known, is_wanted=False)
             await self._journal.write(PutVersion(record))
@@ -332,14 +335,13 @@ class Registry:
         self, held: ModelSupervision, number: int, is_wanted: bool, by: str, action: str
     ) -> None:
         """Remember that a version is to be loaded, or not, whatever the policy says."""
-        record = self._catalogue.get(held.name, number) or await self._found(held.name, number)
+        record = await self._recorded(held.name, number)
         if record is None:
             raise NotFound(f"model '{held.name}' has no version {number}")
         wanted = replace(record, is_wanted=is_wanted)
         before, after = {"is_wanted": record.is_wanted}, {"is_wanted": is_wanted}
-        resource, text = f"versions/{number}", f"version {number} is wanted"
-        if not is_wanted:
-            text = f"version {number} is not wanted"
+        resource = f"versions/{number}"
+        text = f"version {number} is {'wanted' if is_wanted else 'not wanted'}"
         await self._write(
             held, by, action, resource, before, after, None, PutVersion(wanted), text=text
         )

@@ -202,7 +202,7 @@ class Supervisor:
             self._tell_version(frontend, version)
         for name, told in self._told.items():
             frontend.tell("route", model=name, **told.to_wire())
-        frontend.tell("keys", **self._keys())
+        self._tell_keys([frontend])
         frontend.tell("started", is_started=self._started.is_set())
 
     def _on_frontend_message(self, frontend: Frontend, message: Message) -> None:
@@ -286,27 +286,34 @@ class Supervisor:
     def _tell_routes(self) -> None:
         """Publish the routes and labels that have changed."""
         for name in [*self._told.keys() - self._models.keys(), *self._models]:
-            model = self._models.get(name)
-            told = _Told() if model is None else _Told(model.route, dict(model.record.labels))
-            if told == self._told.get(name, _Told()):
-                continue
-            self._told[name] = told
-            if told == _Told():
-                del self._told[name]
-            for frontend in self._frontends:
-                frontend.tell("route", model=name, **told.to_wire())
+            self._tell_route(name)
+
+    def _tell_route(self, name: str) -> None:
+        """The same of one model."""
+        model = self._models.get(name)
+        told = _Told() if model is None else _Told(model.route, dict(model.record.labels))
+        if told == self._told.get(name, _Told()):
+            return
+        self._told[name] = told
+        if told == _Told():
+            del self._told[name]
+        for frontend in self._frontends:
+            frontend.tell("route", model=name, **told.to_wire())
 
     async def _publish(self) -> bool:
         """The same; whether every front end has acknowledged it."""
         self._tell_routes()
         return await self._sync()
 
-    def _keys(self) -> dict[str, Any]:
-        return self.plane.keyring.to_wire(required=self._settings.data_keys)
-
-    def _tell_keys(self) -> None:
-        for frontend in self._frontends:
-            frontend.tell("keys", **self._keys())
+    def _tell_keys(self, frontends: Iterable[Frontend] | None = None) -> None:
+        """Tell the keys of the data port, to all front ends unless said otherwise."""
+        keys = self.plane.keyring.to_wire(required=self._settings.data_keys)
+        for frontend in self._frontends if frontends is None else frontends:
+            try:
+                frontend.tell("keys", **keys)
+            except MessageTooLarge as error:
+                log.error("too many API keys for a message: %s; the data port takes none", error)
+                frontend.tell("keys", **{**keys, "keys": []})
 
     # Operations
 
@@ -358,7 +365,7 @@ class Supervisor:
 
     def _on_state(self, version: VersionSupervision) -> None:
         self._tell_state(version, self._frontends)
-        self._tell_routes()
+        self._tell_route(version.model)
         self.plane.on_state(version)
         if version.state is VersionState.FAILED:
             text = f"model '{version.model}' version {version.number} cannot be served: "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gateway.control.catalogue import Catalogue
+from gateway.control.catalogue import REPOSITORY, Catalogue
 from gateway.control.models import ModelSupervision
 from gateway.control.version import VersionSupervision
 from gateway.control.views import DRAINING, REGISTERED, RETIRED, ModelView, VersionView, WorkerView
@@ -50,7 +50,7 @@ def version_view(model: ModelSupervision, catalogue: Catalogue, number: int) -> 
         since_s=running.since_s if running is not None else record.registered_s if record else 0.0,
         digest="" if record is None else record.digest,
         nbytes=0 if record is None else record.nbytes,
-        source="repository" if record is None else record.source,
+        source=REPOSITORY if record is None else record.source,
         registered_s=0.0 if record is None else record.registered_s,
         is_wanted=None if record is None else record.is_wanted,
         memory_bytes=0 if running is None else running.memory_bytes,

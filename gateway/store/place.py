@@ -19,7 +19,7 @@ log = logging.getLogger("gateway.store")
 SQLITE = "sqlite:///"
 
 STATE_FOLDER = ".gateway"
-"""In the model repository, unless a setting says otherwise."""
+"""What of the model repository is ours: state, secret, cache, uploads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,22 @@ class Place:
     folder: Path
 
 
+def place_at(url: str | None, home: Path) -> Place:
+    """Where a setting, or the want of one, puts the state.
+
+    Args:
+        url: the setting.
+        home: the folder of it that the model repository has, or would have.
+    """
+    if url is None:
+        url = f"{SQLITE}{home / 'state.db'}"
+    elif url.startswith(SQLITE):
+        home = Path(
+            url.removeprefix(SQLITE)
+        ).parent  # the secret lies beside a database that is a file
+    return Place(url, home)
+
+
 @contextmanager
 def state_of(settings: ServerSettings) -> Iterator[Place]:
     """The place that the settings say.
@@ -38,16 +54,13 @@ def state_of(settings: ServerSettings) -> Iterator[Place]:
     outlive the server: serving needs no state, so that it is not refused for the want of it.
     """
     home = settings.model_repository / STATE_FOLDER
-    if settings.state is not None:
-        is_file = settings.state.startswith(SQLITE)
-        folder = Path(settings.state.removeprefix(SQLITE)).parent if is_file else home
-        yield Place(settings.state, folder)
-    elif os.access(home if home.exists() else settings.model_repository, os.W_OK):
-        yield Place(f"{SQLITE}{home / 'state.db'}", home)
+    is_writable = os.access(home if home.exists() else settings.model_repository, os.W_OK)
+    if settings.state is not None or is_writable:
+        yield place_at(settings.state, home)
     else:
         log.warning(
             "the model repository cannot be written to: routes, rollouts and keys will be lost with "
             "the server; set state to keep them"
         )
         with tempfile.TemporaryDirectory(prefix="gateway-") as made:
-            yield Place(f"{SQLITE}{made}/state.db", Path(made))
+            yield place_at(None, Path(made))
