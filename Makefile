@@ -12,6 +12,8 @@ KERNELS := $(wildcard kernels/*.pyx kernels/*.h gateway/_kernels/*.pxd)
 PYTEST_SPREAD := -n 2 --dist loadfile --no-loadscope-reorder
 
 export ORT_DISABLE_TELEMETRY := 1
+# Tests start hundreds of servers: not each of them is to compile the gateway's modules.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test lint types unit bench peers backend watermarks rollouts power build build-debug clean
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -71,7 +72,11 @@ def cli() -> None:
 @click.option("--log-format", metavar="FORM", help="text or json [text].")
 def serve(**flags: Any) -> None:
     """Serve a model repository until SIGTERM or Ctrl-C."""
+    gc.disable()
     from gateway import app, settings
+
+    gc.freeze()  # what importing made is there for good: no collection needs to look at it
+    gc.enable()
 
     app.serve(settings.load_server_settings(**flags))
 

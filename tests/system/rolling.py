@@ -31,8 +31,8 @@ from tests.zoo.building import parse
 
 MODEL = "m"
 
-WIDTH, LAYERS, MORE_LAYERS = 256, 24, 64
-"""Of the products that take the time: a fraction of a millisecond, and at least half as much again."""
+WIDTH, LAYERS = 256, 24
+"""Of the products that take the time: a fraction of a millisecond."""
 
 USUAL, ODD = 1000, 2000
 """What the first number of every request is above, and of the odd ones, one in twenty."""
@@ -51,7 +51,6 @@ _CONSTANTS = "int64[1] zero = {0}, int64[1] one = {1}"
 
 _KINDS: Mapping[str, tuple[str, str]] = {
     "good": ("", "y = Add (doubled, nothing)"),
-    "slow": ("", "y = Add (doubled, nothing)"),
     "wrong": ("", "negative = Neg (doubled)  y = Add (negative, nothing)"),
     # An index of a million in a table of two.
     "failing": (
@@ -79,18 +78,18 @@ BROKEN = "broken"
 """A kind that is no model at all."""
 
 
-def version_bytes(kind: str, number: int, above: float = ODD) -> bytes:
+def version_bytes(kind: str, number: int, above: float = ODD, layers: int = LAYERS) -> bytes:
     """The file of a version; the same kind with another number has the same outputs and other bytes.
 
     Args:
-        kind: ``good``, ``slow``, ``wrong``, ``failing``, ``crashing``, ``hanging`` or ``broken``.
+        kind: ``good``, ``wrong``, ``failing``, ``crashing``, ``hanging`` or ``broken``.
         number: of the version.
         above: of the failing and the crashing, what the first number is above where they do so.
+        layers: products of matrices, each of which takes as long.
     """
     if kind == BROKEN:
         return b"no model at all, the %dth" % number
     constants, ending = _KINDS[kind]
-    layers = MORE_LAYERS if kind == "slow" else LAYERS
     steps = "  ".join(f"h{i + 1} = MatMul (h{i}, w)" for i in range(layers))
     model = parse(
         f"(float[n, 4] x) => (float[n, 4] y) <{_CONSTANTS}, int64[2] column = {{-1, 1}}, "
@@ -106,11 +105,11 @@ def version_bytes(kind: str, number: int, above: float = ODD) -> bytes:
     return model.SerializeToString()
 
 
-def make_repository(folder: Path, config: str = "") -> Path:
+def make_repository(folder: Path, config: str = "", layers: int = LAYERS) -> Path:
     """A repository in which the model has version 1, a good one."""
     place = folder / "repository" / MODEL / "1"
     place.mkdir(parents=True)
-    (place / "model.onnx").write_bytes(version_bytes("good", 1))
+    (place / "model.onnx").write_bytes(version_bytes("good", 1, layers=layers))
     if config:
         (place.parent / "config.yaml").write_text(config)
     return folder / "repository"
@@ -144,9 +143,9 @@ class Admin:
         assert answer.status_code == status, f"{answer.status_code}: {answer.text[:500]}"
         return answer.json() if answer.content else {}
 
-    def register(self, kind: str, number: int, above: float = ODD) -> None:
+    def register(self, kind: str, number: int, above: float = ODD, layers: int = LAYERS) -> None:
         """Make a version of a kind."""
-        body = version_bytes(kind, number, above)
+        body = version_bytes(kind, number, above, layers)
         self.ask("PUT", f"/models/{MODEL}/versions/{number}", 201, data=body)
 
     def start(self, spec: Mapping[str, object], status: int = 201) -> dict:
@@ -337,12 +336,60 @@ def _weight_between(changes: list[tuple[float, float]], begin_s: float, end_s: f
     return max([at_begin, *(weight for at_s, weight in changes if begin_s < at_s <= end_s)])
 
 
+def failures(answers: list[Answer], version: int = -1) -> list[Answer]:
+    """Answers that are not right, but for those of one version."""
+    return [answer for answer in answers if not answer.is_right and answer.version != version]
+
+
 def bucket(salt: str, key: str) -> int:
     """The bucket of a key, by the published rule."""
     return xxhash.xxh3_64_intdigest(salt.encode() + b"\0" + key.encode()) % 10_000
 
 
 # Kills
+
+
+KEYS = tuple(f"user-{i}" for i in range(400))
+"""Of the requests that say whether a route is as the store has it."""
+
+
+def start_again(repository: Path, **env: str) -> Server:
+    """A server of two front ends that end with it, however it ends."""
+    return Server(repository, "--frontends", "2", GATEWAY_ORPHAN_GRACE_S="0", **env)
+
+
+def check_resumed(before: dict, route: dict, server: Server, admin: Admin, identity: str) -> None:
+    """A server has taken up a rollout as the store had it, and its answers say the same."""
+    after = admin.rollout(identity)
+    stable, canary = after["spec"]["stable"], after["spec"]["canary"]
+    deadline = time.monotonic() + DEADLINE_S
+    while admin.ask("GET", f"/models/{MODEL}/versions/{canary}")["state"] != "READY":
+        assert time.monotonic() < deadline, "the canary is not loaded again"
+        time.sleep(0.02)
+    if before["state"] == "STEPPING":
+        assert after == before
+        assert admin.ask("GET", f"/models/{MODEL}")["route"] == route
+    else:
+        assert (after["id"], after["attempt"]) == (before["id"], before["attempt"])
+    with Load(server.url, keys=KEYS, most=100) as load:
+        load.wait()
+    assert not failures(load.answers)
+    first, last = (weight_of(rollout) for rollout in (after, admin.rollout(identity)))
+    for answer in load.answers:
+        at = bucket(after["salt"], answer.key)
+        assert answer.version == canary if at < first else answer.version == stable or at < last, (
+            answer
+        )
+
+
+def weight_of(rollout: dict) -> int:
+    """The weight of a canary, at least that which is decided."""
+    match rollout["state"]:
+        case "STEPPING":
+            return rollout["spec"]["steps"][rollout["step"]]["weight_bp"]
+        case "PROMOTING" | "SUCCEEDED":
+            return 10_000
+    return 0
 
 
 def kill_all(server: Server) -> None:

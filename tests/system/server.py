@@ -8,10 +8,15 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from functools import cache
 from pathlib import Path
 from types import TracebackType
+
+from gateway.store.place import STATE_FOLDER
+from gateway.store.store import Store
 
 START_DEADLINE_S = 60
 STOP_DEADLINE_S = 60
@@ -20,6 +25,16 @@ LANES = {"fast": {}, "aiohttp": {"GATEWAY_FAST_LANE": "false"}}
 """What the environment has for a server whose plain requests take one lane or the other."""
 
 _SERVING = re.compile(r"serving \d+ model versions on (\S+), metrics on (\S+), admin on (\S+)")
+
+
+@cache
+def _empty_state() -> bytes:
+    """The file of a database with all tables and nothing in them."""
+    with tempfile.TemporaryDirectory() as folder:
+        store = Store(f"sqlite:///{folder}/state.db")
+        store.open()
+        store.close()
+        return Path(folder, "state.db").read_bytes()
 
 
 class Server:
@@ -71,6 +86,8 @@ class Server:
 
     def launch(self) -> None:
         """Start without waiting."""
+        if "GATEWAY_STATE" not in self._env and "--state" not in self._command:
+            self._make_state()
         self.process = subprocess.Popen(
             self._command,
             cwd=self._cwd,
@@ -80,6 +97,13 @@ class Server:
             text=True,
         )
         threading.Thread(target=self._collect, args=(self.process.stderr,), daemon=True).start()
+
+    def _make_state(self) -> None:
+        """A repository that is used for the first time gets an empty database: making one takes a while."""
+        folder = self.repository / STATE_FOLDER
+        if self.repository.is_dir() and not folder.exists():
+            folder.mkdir(0o700)
+            (folder / "state.db").write_bytes(_empty_state())
 
     def wait_for(self, pattern: re.Pattern[str] | str, after: int = 0) -> re.Match[str]:
         """The first line from number `after` on that holds the pattern."""
