@@ -41,7 +41,9 @@ WAIT_S = 30.0
 FEWEST_ROUNDS = 3
 """Quiet rounds that are enough for a median; with fewer all rounds count."""
 
-_SERVING = re.compile(r"serving (\d+) model versions on http://([^:]+):(\d+), metrics on ")
+_SERVING = re.compile(
+    r"serving (\d+) model versions on http://([^:]+):(\d+), metrics on \S+ admin on (\S+)"
+)
 
 
 class Gateway:
@@ -49,6 +51,7 @@ class Gateway:
 
     Attributes:
         host, port: of the data port, once entered.
+        admin_url: of the admin port, once entered.
         pid: the supervisor's.
         lines: what it wrote to standard error.
     """
@@ -59,7 +62,7 @@ class Gateway:
             "--port", "0", "--metrics-port", "0", "--admin-port", "0", *flags,
         ]  # fmt: skip
         self.lines: list[str] = []
-        self.host, self.port = "", 0
+        self.host, self.port, self.admin_url = "", 0, ""
 
     def __enter__(self) -> Gateway:
         self._process = subprocess.Popen(
@@ -69,7 +72,7 @@ class Gateway:
         for line in self._process.stderr:
             self.lines.append(line.rstrip())
             if match := _SERVING.search(line):
-                self.host, self.port = match[2], int(match[3])
+                self.host, self.port, self.admin_url = match[2], int(match[3]), match[4]
                 threading.Thread(target=self._collect, daemon=True).start()
                 return self
         self._process.wait()

@@ -8,6 +8,9 @@ In turn with that, and for as long: nothing, and a process that computes at the 
 what a load costs beyond the CPU that it takes would show as a difference between these two. A second
 connection asks for `/v2/health/live`, which the front end answers by itself: what keeps its event loop
 keeps that. The kernel says how long the front end and the small model's worker were kept from a CPU.
+
+Then the same once more under a tracer: how long the longest turn of the front end's event loop was, and
+what its thread and the small model's worker waited for at locks. Needs strace (Debian: apt install strace).
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.error import HTTPError
@@ -28,8 +32,9 @@ import numpy as np
 from harness import Connection, Gateway, binary_request, http_get
 from reload import write_model
 from report import Report, percentile
+from tracing import Trace, can_trace, traced
 
-ROUNDS = 10
+ROUNDS, TRACED = 10, 4
 RATE = 300.0
 """Requests a second of the small model; as many to the front end alone."""
 
@@ -77,19 +82,27 @@ class Phase:
     spans: list[tuple[float, float]] = field(default_factory=list)
     kept_s: float = 0.0
     """Time that front end and worker were runnable and had no CPU."""
+    traced_from: int = 0
+    """The first of the spans that a tracer saw; what it costs is in no latency."""
 
     def of(self, times: Times) -> list[float]:
-        """Latencies in ms of what was due in its time, sorted."""
-        return sorted(
-            taken * 1e3
-            for due, taken in times
-            if any(begin <= due < end for begin, end in self.spans)
-        )
+        """Times in ms of what was due or began in its untraced time, sorted."""
+        return _within(self.spans[: self.traced_from], times)
+
+    def traced(self, times: Times) -> list[float]:
+        """The same for its traced time."""
+        return _within(self.spans[self.traced_from :], times)
 
     @property
     def seconds(self) -> float:
-        """All of its time."""
-        return sum(end - begin for begin, end in self.spans)
+        """All of its untraced time."""
+        return sum(end - begin for begin, end in self.spans[: self.traced_from])
+
+
+def _within(spans: list[tuple[float, float]], times: Times) -> list[float]:
+    return sorted(
+        taken * 1e3 for at, taken in times if any(begin <= at < end for begin, end in spans)
+    )
 
 
 def kept_s(pids: list[int]) -> float:
@@ -121,17 +134,24 @@ class Measurement:
     """
 
     def __init__(self, gateway: Gateway) -> None:
-        line = next(line for line in gateway.lines if "admin on " in line)
-        self._admin = line.rpartition("admin on ")[2]
+        self._admin = gateway.admin_url
         roles = gateway.processes()
         self._command("unload")
         (worker,) = gateway.processes()["workers"]
         self.pids = {name: roles[name][0] for name in ("supervisor", "front end")}
-        self._watched = [self.pids["front end"], worker]
+        self.watched = [self.pids["front end"], worker]
+        self.forget()
+        self.load_averages = [os.getloadavg()[0]]
+
+    def forget(self) -> None:
+        """Begin again."""
         self.phases = {name: Phase() for name in (NOTHING, BURNER, LOADING)}
         self.loads: list[float] = []
         self.unloads: list[float] = []
-        self.load_averages = [os.getloadavg()[0]]
+
+    def memory_mb(self) -> dict[str, float]:
+        """Resident, of supervisor and front end."""
+        return {name: resident_mb(pid) for name, pid in self.pids.items()}
 
     def round(self) -> None:
         """Load and unload, then the others for as long."""
@@ -143,10 +163,11 @@ class Measurement:
 
     def _measure(self, name: str, work: Callable[[], None]) -> None:
         phase = self.phases[name]
-        kept, begin = kept_s(self._watched), time.monotonic()
+        kept, begin = kept_s(self.watched), time.monotonic()
         work()
         phase.spans.append((begin, time.monotonic()))
-        phase.kept_s += kept_s(self._watched) - kept
+        if not phase.traced_from:
+            phase.kept_s += kept_s(self.watched) - kept
 
     def _cycle(self) -> None:
         self.loads.append(self._command("load"))
@@ -170,47 +191,61 @@ class Measurement:
 
 
 def main() -> int:
-    """Measure and report; the exit status is 0 whatever the numbers are."""
+    """Measure and report; the exit status is 1 where something is missing, whatever the numbers are."""
+    if not can_trace():
+        print("loading.py: strace is missing; on Debian: apt install strace", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as folder:
         size_mb = write_models(Path(folder))
         with Gateway(Path(folder)) as gateway:
             measurement = Measurement(gateway)
-            row = np.zeros((1, models.ECHO_WIDTH), np.float32).tobytes()
-            requests = (
-                binary_request("echo", "x", [1, models.ECHO_WIDTH], row),
-                http_get("/v2/health/live"),
-            )
             measurement.round()  # the first load reads the file and keeps its optimised graph
-            measurement.phases = {name: Phase() for name in measurement.phases}
-            measurement.loads, measurement.unloads = [], []
-            before = {name: resident_mb(pid) for name, pid in measurement.pids.items()}
-            context = multiprocessing.get_context("spawn")
-            until, out = context.Event(), [context.Queue() for _ in requests]
-            askers = [
-                context.Process(
-                    target=ask, args=(gateway.host, gateway.port, request, until, queue)
-                )
-                for request, queue in zip(requests, out, strict=True)
-            ]
-            for asker in askers:
-                asker.start()
-            time.sleep(TAIL_S)
-            for _ in range(ROUNDS):
-                measurement.round()
-            until.set()
-            measurement.load_averages.append(os.getloadavg()[0])
-            answered, alive = (queue.get() for queue in out)
-            for asker in askers:
-                asker.join()
-            after = {name: resident_mb(pid) for name, pid in measurement.pids.items()}
-    publish(measurement, answered, alive, size_mb, (before, after))
+            measurement.forget()
+            before = measurement.memory_mb()
+            with asking(gateway) as out:
+                time.sleep(TAIL_S)
+                for _ in range(ROUNDS):
+                    measurement.round()
+                measurement.load_averages.append(os.getloadavg()[0])
+                after = measurement.memory_mb()
+                for phase in measurement.phases.values():
+                    phase.traced_from = len(phase.spans)
+                with traced(measurement.watched) as traces:
+                    for _ in range(TRACED):
+                        measurement.round()
+    publish(measurement, out, traces, size_mb, (before, after))
     return 0
+
+
+@contextmanager
+def asking(gateway: Gateway) -> Iterator[list[Times]]:
+    """Ask for the small model and the front end alone; the list has the times of both at the end."""
+    row = np.zeros((1, models.ECHO_WIDTH), np.float32).tobytes()
+    requests = (
+        binary_request("echo", "x", [1, models.ECHO_WIDTH], row),
+        http_get("/v2/health/live"),
+    )
+    context = multiprocessing.get_context("spawn")
+    until, queues, times = context.Event(), [context.Queue() for _ in requests], []
+    askers = [
+        context.Process(target=ask, args=(gateway.host, gateway.port, request, until, queue))
+        for request, queue in zip(requests, queues, strict=True)
+    ]
+    for asker in askers:
+        asker.start()
+    try:
+        yield times
+    finally:
+        until.set()
+        times += [queue.get() for queue in queues]
+        for asker in askers:
+            asker.join()
 
 
 def publish(
     measurement: Measurement,
-    answered: Times,
-    alive: Times,
+    out: list[Times],
+    traces: list[Trace],
     size_mb: float,
     memory: tuple[dict[str, float], dict[str, float]],
 ) -> None:
@@ -221,10 +256,14 @@ def publish(
         (
             "beside", "requests", "p50 ms", "p99 ms", "p99.9 ms", "longest ms",
             "front end alone: p99 ms", "longest ms", "kept from a CPU, ms/s",
+            "traced: turns of the loop", "p99.9 ms", "longest ms",
+            "waits for a lock: front end", "worker",
         ),
     )  # fmt: skip
+    answered, alive = out
+    frontend, worker = traces
     for name, phase in measurement.phases.items():
-        took, loop = phase.of(answered), phase.of(alive)
+        took, loop, turns = phase.of(answered), phase.of(alive), phase.traced(frontend.turns)
         report.rows.append(
             (
                 name,
@@ -234,6 +273,10 @@ def publish(
                 f"{percentile(loop, 99):.2f}",
                 f"{loop[-1]:.1f}",
                 f"{phase.kept_s / phase.seconds * 1e3:.1f}",
+                str(len(turns)),
+                f"{percentile(turns, 99.9):.2f}",
+                f"{turns[-1]:.1f}",
+                *(_waits(phase.traced(trace.waits)) for trace in (frontend, worker)),
             )
         )
     report.notes += [
@@ -251,8 +294,16 @@ def publish(
         + " (the benchmark's own is about 1)",
         "kept from a CPU: time that threads of the front end and of the small model's worker were runnable "
         "and not run, as the kernel counts it (schedstat)",
+        f"traced: {TRACED} more rounds under strace, which are in no latency here and make each system call "
+        "some 50 µs longer. A turn lasts from the front end's return from epoll_pwait to its next call; a "
+        "wait for a lock is a futex wait of its thread, or of the worker's other than at its doorbell, "
+        "where it waits for work",
     ]
     report.publish()
+
+
+def _waits(took: list[float]) -> str:
+    return f"{len(took)} ({took[-1]:.2f} ms at most)" if took else "none"
 
 
 if __name__ == "__main__":

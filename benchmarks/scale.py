@@ -3,9 +3,8 @@
     python benchmarks/scale.py [--models 1000] [--connections 10000] [--rounds 5] [--seconds 3]
 
 Two gateways take turns under the same load, on the same model: one that has nothing else, and one that
-knows 999 more models and has 10,000 idle keep-alive connections, each of which has had an answer. A model
-cannot be known without having been loaded: each is loaded and unloaded over HTTP, which takes a few minutes.
-A third gateway has the connections alone. Then all are left alone, to see what they do by themselves.
+has 999 more models registered and 10,000 idle keep-alive connections, each of which has had an answer. A
+third gateway has the connections alone. Then all are left alone, to see what they do by themselves.
 
 The connections are held by two client processes, from two loopback addresses: this file, run with
 ``--hold``. Needs wrk (Debian: ``apt install wrk``), and a limit of open files above the connections.
@@ -14,6 +13,7 @@ The connections are held by two client processes, from two loopback addresses: t
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import resource
@@ -26,10 +26,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import numpy as np
 from floors import CpuMeter, Target, gateway_roles
@@ -51,9 +51,6 @@ SPARE_FILES = 512
 """Descriptors that a front end has for other things than idle connections."""
 
 SOURCES = ("127.0.0.2", "127.0.0.3")
-LOADING = 2
-"""Models that are loaded at the same time."""
-
 KEEPALIVE_S = 3600
 TARGET_RATIO = 1.15
 TARGET_MB = 80.0
@@ -101,32 +98,28 @@ class Case:
 # Models
 
 
-def register(gateway: Gateway, repository: Path, count: int) -> float:
-    """Load and unload so many models more; how many seconds that took."""
+def register(gateway: Gateway, count: int) -> float:
+    """Register so many models more, of `MODEL`'s file; how many seconds that took."""
     began = time.monotonic()
-    with ThreadPoolExecutor(LOADING) as pool:
-        for done in [pool.submit(_register, gateway, repository, i) for i in range(count)]:
-            done.result()
+    for i in range(count):
+        url = f"{gateway.admin_url}/admin/v1/models/unused{i:04}/versions/1"
+        body = json.dumps({"source": f"{MODEL}/1/model.onnx"}).encode()
+        headers = {"Content-Type": "application/json"}
+        with urlopen(Request(url, body, headers, method="PUT")) as answer:
+            answer.read()
     return time.monotonic() - began
 
 
-def _register(gateway: Gateway, repository: Path, number: int) -> None:
-    name = f"unused{number:04}"
-    shutil.copytree(repository / MODEL, repository / name)
-    with Connection(gateway.host, gateway.port) as connection:
-        for operation in "load", "unload":
-            connection.exchange(_post(f"/v2/repository/models/{name}/{operation}"))
-
-
-def _post(path: str) -> bytes:
-    return f"POST {path} HTTP/1.1\r\nHost: gateway\r\nContent-Length: 0\r\n\r\n".encode()
-
-
-def unloaded(gateway: Gateway) -> int:
-    """Models that it knows and that are not loaded."""
-    with Connection(gateway.host, gateway.port) as connection:
-        index = connection.exchange(_post("/v2/repository/index"))
-    return index.count(b'"UNAVAILABLE"')
+def registered(gateway: Gateway) -> int:
+    """Models that it has and that are not loaded."""
+    found, after = 0, ""
+    while after is not None:
+        with urlopen(f"{gateway.admin_url}/admin/v1/models?after={after}") as answer:
+            page = json.load(answer)
+        versions = (version for model in page["models"] for version in model["versions"])
+        found += sum(version["state"] == "REGISTERED" for version in versions)
+        after = page["next"]
+    return found
 
 
 # Connections
@@ -197,8 +190,8 @@ class Findings:
         costs: by round, µs of CPU a request of (front end, worker).
         memory: (PSS, RSS) in MB of the front end, after the load.
         idle: use of the front end in `IDLE_S` without requests.
-        known: models that are known and not loaded.
-        registering_s: what loading and unloading them took.
+        known: models that are registered and not loaded.
+        registering_s: what that took.
     """
 
     costs: list[list[tuple[float, float]]]
@@ -219,7 +212,7 @@ def start(stack: ExitStack, folder: Path, options: argparse.Namespace) -> list[C
     cases = []
     for i, name in enumerate(names):
         write_repository(folder / str(i), [MODEL])
-        cases.append(Case(name, stack.enter_context(Gateway(folder / str(i), "--model-control"))))
+        cases.append(Case(name, stack.enter_context(Gateway(folder / str(i)))))
     return cases
 
 
@@ -227,7 +220,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[Case], Find
     """All of it; the last are notes on how quiet the rounds were."""
     with ExitStack() as stack:
         cases = start(stack, folder, options)
-        registering_s = register(cases[2].gateway, folder / "2", options.models - 1)
+        registering_s = register(cases[2].gateway, options.models - 1)
         for case in cases[1:]:
             stack.enter_context(held(case.gateway, options.connections))
         for case in cases:
@@ -242,7 +235,7 @@ def measure(folder: Path, options: argparse.Namespace) -> tuple[list[Case], Find
         before = [case.used() for case in cases]
         time.sleep(IDLE_S)
         idle = [case.used().since(then) for case, then in zip(cases, before, strict=True)]
-        known = unloaded(cases[2].gateway)
+        known = registered(cases[2].gateway)
     findings = Findings(rounds.counted, memory, idle, known, registering_s)
     return cases, findings, [rounds.note, "" if rounds.quiet else "busy"]
 
@@ -288,7 +281,7 @@ def publish(names: Sequence[str], found: Findings, note: str, quiet: bool) -> No
         f"{resident:.1f} MB",
     )
     report.notes += [
-        f"{found.known} models are known and not loaded; loading and unloading them took "
+        f"{found.known} models are registered and not loaded; registering them took "
         f"{found.registering_s:.0f} s",
         "each idle connection has had one answer; at the end all of them were still open",
         "load: `mlp16`, one row in the binary tensor extension, 32 further connections, wrk with one thread; "
