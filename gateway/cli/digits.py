@@ -125,16 +125,18 @@ class DigitsClient:
         return [answer for answer in answers if answer is not None]
 
     async def executions(self) -> tuple[int, int]:
-        """Images inferred and batches run so far, by all versions together."""
+        """Images and batches run so far, copies as well, by all versions together."""
         try:
             async with self._session.get(f"{self._model_url}/stats") as http:
                 versions = orjson.loads(await http.read())["model_stats"]
         except (aiohttp.ClientError, TimeoutError, ValueError, KeyError) as error:
             raise GatewayError(f"the server does not answer: {error!r}") from None
-        return (
-            sum(version["inference_count"] for version in versions),
-            sum(version["execution_count"] for version in versions),
-        )
+        sizes = [
+            (size["batch_size"], size["compute_infer"]["count"])
+            for version in versions
+            for size in version["batch_stats"]
+        ]
+        return sum(size * count for size, count in sizes), sum(count for _, count in sizes)
 
 
 def draw(image: npt.NDArray[np.uint8]) -> list[str]:
