@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 from aiohttp import hdrs, web
 
-from gateway.admin import replay
 from gateway.admin.auth import LOOPBACK, Guard, Identity
 from gateway.admin.documents import parse_body, parse_query, to_json
 from gateway.admin.operations import Answer, Call, Match, Operation, check_parameters
+from gateway.admin.replay import Replays
 from gateway.errors import (
     InvalidRequest,
     NotFound,
@@ -52,12 +52,16 @@ class Endpoint:
         operation: which.
         plane: what it works on.
         guard: tells who is asking.
+        replays: knows what was answered already.
     """
 
-    def __init__(self, operation: Operation, plane: ControlPlane, guard: Guard) -> None:
+    def __init__(
+        self, operation: Operation, plane: ControlPlane, guard: Guard, replays: Replays
+    ) -> None:
         self._operation = operation
         self._plane = plane
         self._guard = guard
+        self._replays = replays
 
     def add_to(self, app: web.Application) -> None:
         """Register it."""
@@ -84,7 +88,7 @@ class Endpoint:
                 raise TypeError("a stream cannot be repeated")
             return answer
 
-        return respond(await replay.once(self._plane.store, http, identity, raw, act))
+        return respond(await self._replays.once(http, identity, raw, act))
 
     async def _handle(
         self, http: web.Request, identity: Identity, query: Any, body: Any

@@ -39,7 +39,7 @@ class LiveFeed:
     Args:
         plane: has them.
         now_s: a clock that only goes on.
-        wall_s: the wall clock.
+        wall_s: the clock that the times of rollouts are of.
     """
 
     def __init__(

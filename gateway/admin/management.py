@@ -79,11 +79,9 @@ class ManagementHandlers:
         try:
             self._plane.registry.model(name)
         except NotFound:
-            folder = await asyncio.to_thread(
-                self._plane.registry.resolve_source, call.body.base_path
-            )
+            folder = await self._resolve(call, call.body.base_path)
             await self._plane.registry.take_settings(name, folder)
-            await self._register(name, call.body.base_path, call.actor)
+            await self._register(call, name)
             return Answer(_status(await self._plane.registry.load_model(name, call.actor)), 201)
         raise Conflict("there is a model of this name already: PUT reads it again")
 
@@ -94,7 +92,7 @@ class ManagementHandlers:
     async def reload(self, call: Call) -> Answer:
         """What its repository, or first another folder, has now."""
         if call.body.base_path is not None:
-            await self._register(call.model, call.body.base_path, call.actor)
+            await self._register(call, call.model)
         return Answer(_status(await self._plane.registry.load_model(call.model, call.actor)))
 
     async def unload(self, call: Call) -> Answer:
@@ -103,14 +101,22 @@ class ManagementHandlers:
         await self._plane.registry.unload_model(call.model, call.actor)
         return Answer({})
 
-    async def _register(self, model: str, base_path: str, by: str) -> None:
-        folder = await asyncio.to_thread(self._plane.registry.resolve_source, base_path)
+    async def _register(self, call: Call, model: str) -> None:
+        base_path = call.body.base_path
+        folder = await self._resolve(call, base_path)
         numbers = await asyncio.to_thread(_versions_of, folder)
         for number in numbers:
             source = f"{base_path.rstrip('/')}/{number}/{MODEL_FILE}"
             # Checked anew: what lies in the folder may lead out of it.
-            file = await asyncio.to_thread(self._plane.registry.resolve_source, source)
-            await self._plane.registry.register(model, number, file, source, by, False, None)
+            file = await self._resolve(call, source)
+            await self._plane.registry.register(
+                model, number, file, source, call.actor, False, None
+            )
+
+    async def _resolve(self, call: Call, path: str) -> Path:
+        return await asyncio.to_thread(
+            self._plane.registry.resolve_source, path, call.identity.may_touch
+        )
 
 
 def _versions_of(folder: Path) -> list[int]:

@@ -178,7 +178,9 @@ class ModelHandlers:
                 )
         else:
             source = call.body.source
-            file = await asyncio.to_thread(plane.registry.resolve_source, source)
+            file = await asyncio.to_thread(
+                plane.registry.resolve_source, source, call.identity.may_touch
+            )
             view, is_new = await plane.registry.register(model, number, file, source, by, False)
         return self._changed(call, view, 201 if is_new else 200)
 

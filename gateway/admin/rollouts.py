@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import TYPE_CHECKING, Any
 
+from gateway.admin.models import page_of
 from gateway.admin.operations import PREFIX, Answer, Call, Match, Operation
 from gateway.admin.schema import (
     AuditPage,
@@ -75,12 +76,12 @@ class RolloutHandlers:
 
     async def all(self, call: Call) -> Answer:
         """Of all models that the caller may see."""
-        return await self._page(call, None)
+        return await self._page(call, call.identity.models or None)
 
     async def rollouts(self, call: Call) -> Answer:
         """Of one model."""
         self._plane.registry.model(call.model)  # NotFound
-        return await self._page(call, call.model)
+        return await self._page(call, {call.model})
 
     async def start(self, call: Call) -> Answer:
         """Start one, or only say what it would do."""
@@ -113,21 +114,16 @@ class RolloutHandlers:
 
         return command
 
-    async def _page(self, call: Call, model: str | None) -> Answer:
+    async def _page(self, call: Call, models: Collection[str] | None) -> Answer:
         limit = call.query.limit
-        found = await self._plane.rollouts(model, call.query.after, limit + 1)
-        page = found[:limit]
-        return Answer(
-            {
-                "rollouts": [
-                    rollout.to_document()
-                    for rollout in page
-                    if call.identity.may_touch(rollout.model)
-                ],
-                "next": page[-1].id if len(found) > limit else None,
-            }
-        )
+        found = await self._plane.rollouts(models, call.query.after, limit + 1)
+        page, token = page_of(found, limit, _id_of)
+        return Answer({"rollouts": [each.to_document() for each in page], "next": token})
 
     def _shown(self, call: Call, rollout: Rollout, status: int = 200) -> Answer:
         revision = self._plane.registry.model(call.model).revision
         return Answer(rollout.to_document(), status, revision)
+
+
+def _id_of(rollout: Rollout) -> str:
+    return rollout.id

@@ -25,9 +25,11 @@ from gateway.admin.models import ModelHandlers
 from gateway.admin.openapi import describe
 from gateway.admin.operations import PREFIX, Call, Operation
 from gateway.admin.pages import Pages
+from gateway.admin.replay import Replays
 from gateway.admin.rollouts import RolloutHandlers
 from gateway.admin.stream import Streams
 from gateway.admin.upload import Uploads
+from gateway.clock import steady_s
 from gateway.errors import GatewayError, Unauthorized
 from gateway.frontend.answers import RETRY_AFTER_S, SERVER, Handler, request_id
 from gateway.security.keys import Role
@@ -109,8 +111,9 @@ class AdminServer:
         guard = Guard(self._plane, is_local)
         app = web.Application(middlewares=[_answering(site)], client_max_size=MAX_BODY_BYTES)
         app.on_response_prepare.append(_set_headers)
+        replays = Replays(self._plane)
         for operation in self.operations(guard):
-            Endpoint(operation, self._plane, guard).add_to(app)
+            Endpoint(operation, self._plane, guard, replays).add_to(app)
         Pages().add_to(app)
         _Health(self._plane, guard).add_to(app)
         return app
@@ -118,7 +121,7 @@ class AdminServer:
     def operations(self, guard: Guard) -> list[Operation]:
         """The table of the API."""
         plane = self._plane
-        feed = LiveFeed(plane, time.monotonic, time.time)
+        feed = LiveFeed(plane, time.monotonic, steady_s)
         operations = [
             *ModelHandlers(plane, Uploads(self._settings.max_artifact_bytes)).operations(),
             *RolloutHandlers(plane).operations(),

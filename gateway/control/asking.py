@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import aiohttp
 import orjson
 
-from gateway.clock import wall_s
+from gateway.clock import steady_s, wall_s
 from gateway.errors import InvalidRequest
 from gateway.rollout.facts import asks
 from gateway.rollout.record import Rollout
@@ -82,8 +82,8 @@ class Asking:
         if self._asked.of != of:
             self.close()
             self._asked = _Asked(of)
-        asked, now_s = self._asked, wall_s()
-        if asked.tasks or 0 <= now_s - asked.last_s < rollout.spec.interval_s:
+        asked, now_s = self._asked, steady_s()
+        if asked.tasks or now_s - asked.last_s < rollout.spec.interval_s:
             return
         queries, gates = asks(rollout, now_s)
         if queries or gates:

@@ -16,7 +16,7 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
-from gateway.clock import wall_s
+from gateway.clock import steady_s, wall_s
 from gateway.control.asking import Asking, check_asks
 from gateway.control.counting import Counting
 from gateway.control.journal import GATEWAY, Journal, event
@@ -165,7 +165,7 @@ class Conductor:
             await self._stop(old)
             if self._leads.get(name) is not old:
                 raise Conflict("another rollout of the model has begun")
-        now_s = wall_s()
+        now_s = steady_s()
         rollout = Rollout(
             id=secrets.token_hex(8),
             model=name,
@@ -215,16 +215,15 @@ class Conductor:
             step = self._step(lead.rollout, verb, by, revision)
             if verb == "retry" and step.rollout.is_active:
                 lead.counting, lead.cannot_load = Counting(), ""
-            await self._commit(lead, step, by, f"rollout.{verb}", lead.rollout)
+            await self._commit(lead, step, by, f"rollout.{verb}", lead.rollout, revision)
         self._begin(lead)
         return lead.rollout
 
     def _step(self, rollout: Rollout, verb: Verb, by: str, revision: int | None) -> Step:
         """What a verb makes of a rollout. PreconditionFailed, Conflict."""
         model = self._models.get(rollout.model)
-        if revision is not None and (model is None or revision != model.record.revision):
-            raise PreconditionFailed("the model has changed since it was read: read it again")
-        step = self._machine.command(rollout, verb, wall_s(), by)
+        _check_revision(model, revision)
+        step = self._machine.command(rollout, verb, steady_s(), by)
         if verb == "retry" and step.rollout.is_active:
             route = None if model is None else model.route
             if route is None or route.main != rollout.stable:
@@ -268,8 +267,8 @@ class Conductor:
         """Whether both versions are kept for a while, so that going back takes no load."""
         rollout = lead.rollout
         if rollout.state is RolloutState.SUCCEEDED:
-            return 0 <= wall_s() - rollout.changed_s < rollout.spec.abort_keep_warm_s
-        return wants_canary(rollout, wall_s())
+            return 0 <= steady_s() - rollout.changed_s < rollout.spec.abort_keep_warm_s
+        return wants_canary(rollout, steady_s())
 
     async def _look(self, lead: _Lead) -> None:
         rollout = lead.rollout
@@ -291,7 +290,7 @@ class Conductor:
         queries, gates = lead.asking.take(rollout)
         broken = lead.cannot_load or _crashing(lead, canary)
         facts = Facts(
-            now_s=wall_s(),
+            now_s=steady_s(),
             canary=VersionState.FAILED if broken else _state(canary),
             canary_reason=broken or (canary.reason if canary is not None else ""),
             is_stable_ready=_state(stable) is VersionState.READY,
@@ -344,61 +343,80 @@ class Conductor:
         by: str = GATEWAY,
         action: str | None = None,
         before: Rollout | None = None,
+        revision: int | None = None,
     ) -> None:
-        """Write a new record and what follows from it, then act on it."""
+        """Write a new record and what follows from it, then act on it.
+
+        ``revision`` is the model's on which it was decided; None: any. PreconditionFailed.
+        """
         rollout, old = step.rollout, lead.rollout
         if rollout is old and action != "rollout.create":
             return
         model = self._models[rollout.model]
-        changes: list[Change] = [
-            PutRollout(
-                RolloutRecord(rollout.id, rollout.model, rollout.is_active, rollout.to_document())
-            )
-        ]
-        record = self._decided(model, rollout, is_moved=bool(step.notes))
-        if record != model.record:
-            changes.append(PutModel(record, model.record.revision))
-        changes += [
-            event(
-                note.kind,
-                rollout.model,
-                note.text,
-                actor=by,
-                rollout=rollout.id,
-                numbers=note.numbers,
-            )
-            for note in step.notes
-        ]
-        if action is not None:
-            changes.append(_audit(by, action, before, rollout))
-        try:
-            await self._journal.write(*changes)
-        except Unavailable:
-            if rollout.state is RolloutState.ABORTING:
-                # The one thing that does not wait for a disk: who rolls back, does so at once.
-                lead.owed = partial(self._commit, lead, step, by, action, before)
-                model.record = replace(model.record, route=record.route, labels=record.labels)
-                await self._publish()
-            raise
-        lead.owed = None
-        lead.rollout, model.claimed = rollout, _claims(rollout)
-        if record != model.record:
+        async with model.writing:
+            _check_revision(model, revision)
+            number = await self._journal.next_revision(model.record)
+            record = self._decided(model, rollout, number, is_moved=bool(step.notes))
+            changes = _changes(model, step, record, by)
+            if action is not None:
+                changes.append(_audit(by, action, before, rollout))
+            try:
+                await self._journal.write(*changes)
+            except Unavailable:
+                if rollout.state is RolloutState.ABORTING:
+                    # The one thing that does not wait for a disk: who rolls back, does so at once.
+                    lead.owed = partial(self._commit, lead, step, by, action, before)
+                    model.record = replace(model.record, route=record.route, labels=record.labels)
+                    await self._publish()
+                raise
+            lead.owed = None
+            lead.rollout, model.claimed = rollout, _claims(rollout)
             is_routed_anew = (record.route, record.labels) != (
                 model.record.route,
                 model.record.labels,
             )
             model.record = record
-            if is_routed_anew:
-                lead.is_settled = await self._publish()
+        if is_routed_anew:
+            lead.is_settled = await self._publish()
 
     @staticmethod
-    def _decided(model: ModelSupervision, rollout: Rollout, *, is_moved: bool) -> ModelRecord:
-        """The model's record while its rollout is as it is."""
+    def _decided(
+        model: ModelSupervision, rollout: Rollout, revision: int, *, is_moved: bool
+    ) -> ModelRecord:
+        """The model's record while its rollout is as it is, with its next revision if that is another."""
         record = model.record
         route, labels = route_of(rollout).to_wire(), _labels(record.labels, rollout)
         if not is_moved and (record.route, dict(record.labels)) == (route, labels):
             return record
-        return replace(record, revision=record.revision + 1, route=route, labels=labels)
+        return replace(record, revision=revision, route=route, labels=labels)
+
+
+def _check_revision(model: ModelSupervision | None, revision: int | None) -> None:
+    if revision is not None and (model is None or revision != model.record.revision):
+        raise PreconditionFailed("the model has changed since it was read: read it again")
+
+
+def _changes(model: ModelSupervision, step: Step, record: ModelRecord, by: str) -> list[Change]:
+    """A rollout's new record, the model's where it is another, and the events."""
+    rollout = step.rollout
+    document = rollout.to_document()
+    changes: list[Change] = [
+        PutRollout(RolloutRecord(rollout.id, rollout.model, rollout.is_active, document))
+    ]
+    if record != model.record:
+        changes.append(PutModel(record, model.record.revision))
+    changes += [
+        event(
+            note.kind,
+            rollout.model,
+            note.text,
+            actor=by,
+            rollout=rollout.id,
+            numbers=note.numbers,
+        )
+        for note in step.notes
+    ]
+    return changes
 
 
 def _labels(labels: Mapping[str, int], rollout: Rollout) -> dict[str, int]:

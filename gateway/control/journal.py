@@ -10,7 +10,7 @@ from typing import Any
 from gateway.clock import wall_s
 from gateway.errors import GatewayError
 from gateway.store.changes import AddEvent, Change
-from gateway.store.records import EventRecord
+from gateway.store.records import EventRecord, ModelRecord
 from gateway.store.store import AsyncStore, Store
 
 log = logging.getLogger("gateway.control")
@@ -49,6 +49,10 @@ class Journal:
     async def write(self, *changes: Change) -> None:
         """Make changes in one transaction; durable when this returns. Whoever is cancelled stops nothing."""
         self._tell(await asyncio.shield(self._store.call(Store.write, *changes)))
+
+    async def next_revision(self, record: ModelRecord) -> int:
+        """The revision of a model's next change; its first is beyond all that a deleted model had."""
+        return (record.revision or await self._store.call(Store.revision)) + 1
 
     def note(self, kind: str, model: str, text: str) -> None:
         """Add an event that nothing waits for, soon and in order."""

@@ -1,13 +1,15 @@
 """Who leads rollouts where several gateways share one database: the one that holds a lease.
 
-A file of SQLite has one gateway, which needs none. The lease outlives its holder by `TTL_S` at most.
+A file of SQLite has one gateway, which needs none. The lease outlives its holder by `TTL_S` at most. It is
+timed by the database's clock, and here from before it was asked for by one that does not jump: whoever
+holds it ceases to lead before another may begin.
 """
 
 from __future__ import annotations
 
 import secrets
 
-from gateway.clock import wall_s
+from gateway.clock import steady_s
 from gateway.errors import Unavailable
 from gateway.store.place import SQLITE
 from gateway.store.store import AsyncStore, Store
@@ -38,7 +40,7 @@ class Leadership:
     @property
     def is_held(self) -> bool:
         """Whether rollouts are led here."""
-        return not self._is_shared or wall_s() < self._until_s
+        return not self._is_shared or steady_s() < self._until_s
 
     def check(self) -> None:
         """Unavailable where another gateway leads."""
@@ -47,11 +49,11 @@ class Leadership:
 
     async def renew(self) -> None:
         """Take the lease, or hold it longer, where it is time to."""
-        now_s = wall_s()
-        if not self._is_shared or 0 <= now_s - self._renewed_s < RENEW_S:
+        now_s = steady_s()
+        if not self._is_shared or now_s - self._renewed_s < RENEW_S:
             return
         self._renewed_s = now_s
-        if await self._store.call(Store.lease, LEASE, self._holder, TTL_S, now_s):
+        if await self._store.call(Store.lease, LEASE, self._holder, TTL_S):
             self._until_s = now_s + TTL_S
 
     async def give_up(self) -> None:

@@ -55,6 +55,8 @@ class ModelSupervision:
         """Versions that `prepare` leaves to somebody else."""
         self.lock = asyncio.Lock()
         """Held by an operation; the next one waits, in order."""
+        self.writing = asyncio.Lock()
+        """Held while `record` is replaced, so that each change is made of the one before it."""
         self.operations = 0
         """Those that hold the lock or wait for it."""
         self._server = server

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any, cast
 
 from gateway.clock import wall_s
@@ -205,9 +205,11 @@ class ControlPlane:
         spec = await self.conductor.checked(model, spec)
         return {"model": model, "dry_run": True, "spec": spec.model_dump(mode="json")}
 
-    async def rollouts(self, model: str | None, before: str | None, limit: int) -> list[Rollout]:
-        """Newest first."""
-        records = await self.store.call(Store.rollouts, model, False, before, limit)
+    async def rollouts(
+        self, models: Collection[str] | None, before: str | None, limit: int
+    ) -> list[Rollout]:
+        """Newest first, of these models or of all."""
+        records = await self.store.call(Store.rollouts, models, False, before, limit)
         stored = (Rollout.from_document(record.document) for record in records)
         return [self.conductor.find(rollout.id) or rollout for rollout in stored]
 

@@ -16,7 +16,6 @@ import msgpack
 
 from gateway.serving.channel import MAX_MESSAGE_BYTES, Channel, Message, MessageTooLarge
 
-
 _UNUSED = {
     # NumPy's OpenBLAS would start threads in every process, for nothing we call.
     "OPENBLAS_NUM_THREADS": "1",

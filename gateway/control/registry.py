@@ -80,10 +80,12 @@ class Registry:
 
     # Versions
 
-    def resolve_source(self, path: str) -> Path:
+    def resolve_source(self, path: str, may_see: Callable[[str], bool]) -> Path:
         """Where a path of a client leads: see `artifacts.resolve_source`."""
-        roots = (self._settings.model_repository, *self._settings.model_roots)
-        return artifacts.resolve_source(path, roots)
+        settings = self._settings
+        return artifacts.resolve_source(
+            path, settings.model_repository, settings.model_roots, may_see
+        )
 
     def upload_folder(self) -> Path:
         """Where a body is written before it is registered. Unavailable: it cannot be."""
@@ -93,10 +95,15 @@ class Registry:
             raise Unavailable(f"no version can be stored: {error.strerror}") from None
 
     async def take_settings(self, model: str, folder: Path) -> None:
-        """Have a model that is to be registered the settings of its folder. Unavailable."""
+        """Have a model that is to be registered the settings of its folder. TooLarge, Unavailable."""
         async with self._control.operating(model):
             repository = self._settings.model_repository
-            await asyncio.to_thread(artifacts.place_settings, repository, model, folder)
+            await asyncio.to_thread(
+                artifacts.place_settings, repository, model, folder, self._allowance()
+            )
+
+    def _allowance(self) -> artifacts.Allowance:
+        return artifacts.Allowance(self._settings.max_artifact_bytes)
 
     async def register(
         self,
@@ -122,10 +129,11 @@ class Registry:
         Raises:
             Conflict: the version is there with other content.
             InvalidRequest: there is no model file.
+            TooLarge: it is larger than max_artifact_bytes, with all that lies in its folder.
             Unavailable: it cannot be stored.
         """
         digest, nbytes = await asyncio.to_thread(
-            lambda: artifacts.digest_of(artifacts.model_file(file))
+            lambda: artifacts.digest_of(artifacts.model_file(file), self._allowance())
         )
         async with self._control.operating(model) as held:
             known = await self._recorded(model, version)
@@ -142,6 +150,7 @@ class Registry:
                 model,
                 version,
                 file,
+                self._allowance(),
                 is_move=is_move,
             )
             record = VersionRecord(model, version, digest, nbytes, source, wall_s(), is_wanted)
@@ -362,16 +371,18 @@ class Registry:
         **fields: Any,
     ) -> None:
         """Write a change of a model with all that goes with it."""
-        self._check_revision(held, revision)
-        record = replace(held.record, revision=held.record.revision + 1, **fields)
         path = f"models/{held.name}" + (f"/{resource}" if resource else "")
-        await self._journal.write(
-            PutModel(record, held.record.revision),
-            *changes,
-            event(action, held.name, text, actor=by, numbers=after),
-            AddAudit(AuditRecord(wall_s(), by, action, path, before, after)),
-        )
-        held.record = record
+        async with held.writing:
+            self._check_revision(held, revision)
+            number = await self._journal.next_revision(held.record)
+            record = replace(held.record, revision=number, **fields)
+            await self._journal.write(
+                PutModel(record, held.record.revision),
+                *changes,
+                event(action, held.name, text, actor=by, numbers=after),
+                AddAudit(AuditRecord(wall_s(), by, action, path, before, after)),
+            )
+            held.record = record
 
     @staticmethod
     def _check_revision(held: ModelSupervision, revision: int | None) -> None:
@@ -395,8 +406,10 @@ class Registry:
             raise Conflict(f"label '{labels[0]}' leads to version {number}: move it first")
         if number in held.claimed:
             raise Conflict(f"a rollout needs version {number}")
-        if route is not None and number in route.versions() and len(held.versions) > 1:
-            raise Conflict(f"the route leads to version {number}: move it first")
+        if route is not None and number in route.versions():
+            raise Conflict(
+                f"the route leads to version {number}: move it first, or unload the model"
+            )
 
     @staticmethod
     def _check_ready(held: ModelSupervision, numbers: Iterable[int]) -> None:

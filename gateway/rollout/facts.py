@@ -23,13 +23,15 @@ from gateway.rollout.spec import GateSpec, MetricSpec, StepSpec
 from gateway.serving.routes import VersionState
 from gateway.serving.routing import BASIS_POINTS
 
+_DECIDED = frozenset({Outcome.PASS, Outcome.FAIL})
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Facts:
     """What is so at a look.
 
     Attributes:
-        now_s: the wall clock.
+        now_s: `clock.steady_s`.
         canary: its state, of a load that was begun for this attempt (what failed before `retry` is not
             told again); None: there is no such version. After a restart it is told from the moment on
             that its load has begun: a canary that is gone is rolled back.
@@ -97,7 +99,7 @@ def step_of(rollout: Rollout) -> StepSpec:
 
 
 def elapsed_s(since_s: float, now_s: float) -> float:
-    """Time since then; 0 where the clock was set back behind it."""
+    """Time since then; 0 where the clock was set back behind it before a restart."""
     return max(0.0, now_s - since_s)
 
 
@@ -133,9 +135,10 @@ def counted(rollout: Rollout, delta: Observation) -> Rollout:
 
 
 def judged(rollout: Rollout, queries: Mapping[str, float | None], judge: Judge) -> Step:
-    """The record with the verdicts of this look; a note for each metric whose outcome changed.
+    """The record with the verdicts of this look; a note for each metric that is decided, or otherwise.
 
-    A query that was not asked for this look keeps its verdict.
+    A verdict has the outcome that was noted last in this step as ``decided``: one that is lost for a while
+    and comes again is no news. A query that was not asked for this look keeps its verdict.
     """
     alpha, minimum = alpha_of(rollout.spec), step_of(rollout).min_requests
     verdicts, notes = dict(rollout.verdicts), []
@@ -147,10 +150,13 @@ def judged(rollout: Rollout, queries: Mapping[str, float | None], judge: Judge) 
             rollout = _query_strikes(rollout, metric.name, verdict.outcome)
         else:
             continue
-        before = outcome_of(rollout, metric)
-        verdicts[metric.name] = verdict.to_document()
-        if verdict.outcome is not before:
-            numbers = {"verdicts": {metric.name: verdict.to_document()}}
+        decided = rollout.verdicts.get(metric.name, {}).get("decided")
+        is_news = verdict.outcome in _DECIDED and verdict.outcome.value != decided
+        if is_news:
+            decided = verdict.outcome.value
+        verdicts[metric.name] = verdict.to_document() | {"decided": decided}
+        if is_news:
+            numbers = {"verdicts": {metric.name: verdicts[metric.name]}}
             notes.append(Note("rollout.verdict", verdict.text(), numbers))
     return Step(replace(rollout, verdicts=verdicts), tuple(notes))
 

@@ -372,7 +372,7 @@ class RolloutMachine:
 
 
 def _in_time(rollout: Rollout, now_s: float) -> Rollout:
-    """The record with its times at the latest now: the clock may have been set back since."""
+    """The record with its times at the latest now: the clock may have been set back before a restart."""
     names = ("changed_s", "step_started_s", "paused_s")
     future: dict[str, Any] = {name: now_s for name in names if getattr(rollout, name) > now_s}
     return replace(rollout, **future) if future else rollout

@@ -49,7 +49,7 @@ class Pause(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """One rollout. Times are seconds of the wall clock.
+    """One rollout. Times are `clock.steady_s`: of the wall clock, but for its jumps.
 
     Attributes:
         id: unique, made at its creation.
@@ -72,7 +72,8 @@ class Rollout:
         failed: of them, those that failed with 500 and above.
         strikes: looks in a row without success, by what was looked at (``query:NAME``, ``gate:NAME``,
             ``error:NAME``, ``inconclusive``).
-        verdicts: by metric, the last verdict with its numbers (`analysis.Verdict.to_document`).
+        verdicts: by metric, the last verdict with its numbers (`analysis.Verdict.to_document`), and as
+            ``decided`` the outcome that the log of events had last in this step.
         reason: why it is PAUSED, ended or ending, in words.
     """
 

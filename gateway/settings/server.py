@@ -90,7 +90,7 @@ class ServerSettings(BaseSettings, frozen=True, extra="forbid", use_attribute_do
     model_roots: Annotated[tuple[_FilePath, ...], _split, AfterValidator(_is_few)] = ()
     """Folders beside the repository that versions may be registered from; in text, with commas."""
     max_artifact_bytes: Annotated[int, _between(1 << 10, 1 << 40)] = 2 << 30
-    """Largest model file that is taken as a body by the admin port."""
+    """Most bytes of a version that is registered: of the body, or of the file or folder of a source."""
     watch_repository: bool = False
     """Whether new versions in the model repository are served as they appear."""
     data_keys: bool = False

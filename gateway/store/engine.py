@@ -36,12 +36,9 @@ from sqlalchemy.exc import (
 )
 
 from gateway.errors import ConfigurationError, Unavailable
+from gateway.store.migrations import VERSION_TABLE, newest
 
 SQLITE, POSTGRESQL = "sqlite:///", "postgresql://"
-
-MIGRATIONS = Path(__file__).parent / "migrations"
-VERSION_TABLE = "gateway_schema"
-"""Where the newest migration that was made is noted; alembic's own name may be another program's."""
 
 LOCK_TIMEOUT_S = 10
 """Longest wait for another process's transaction, and for a connection."""
@@ -185,15 +182,10 @@ def _migrate(engine: Engine) -> None:
             if inspect(connection).has_table(VERSION_TABLE):
                 noted = table(VERSION_TABLE, column("version_num", Text))
                 made = connection.scalar(select(noted.c.version_num))
-            if made != _newest():
+            if made != newest():
                 from gateway.store.migrate import migrate
 
                 migrate(connection, made)
-
-
-def _newest() -> str:
-    """The newest migration that there is: each file begins with its number of four digits."""
-    return max(path.name for path in (MIGRATIONS / "versions").glob("[0-9]*.py"))[:4]
 
 
 def _lock_and_check(connection: Connection) -> None:

@@ -12,7 +12,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection
 
 from gateway.errors import ConfigurationError
-from gateway.store.engine import MIGRATIONS
+from gateway.store.migrations import FOLDER
 
 
 def migrate(connection: Connection, made: str | None) -> None:
@@ -26,7 +26,7 @@ def migrate(connection: Connection, made: str | None) -> None:
         ConfigurationError: it is none that is known here.
     """
     config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS).replace("%", "%%"))
+    config.set_main_option("script_location", str(FOLDER).replace("%", "%%"))
     script = ScriptDirectory.from_config(config)
     if made is not None and made not in {known.revision for known in script.walk_revisions()}:
         raise ConfigurationError(

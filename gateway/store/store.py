@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
-from sqlalchemy import Connection, Engine, Select, Table, delete, insert, select, update
+from sqlalchemy import Connection, Engine, Select, Table, delete, func, insert, select, true, update
 
+from gateway.clock import steady_s
 from gateway.errors import Conflict, InvalidRequest
 from gateway.store import tables
 from gateway.store.changes import Change
@@ -33,6 +33,9 @@ PAGE = 100
 REPLAY_S = 86_400.0
 """Time that the answer to a POST is kept for who sends it again."""
 
+UNANSWERED_S = 3600.0
+"""Time after which a POST that was never answered may be sent again: whoever carried it out is gone."""
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -45,10 +48,10 @@ class Store:
 
     Args:
         url: ``sqlite:///PATH`` or ``postgresql://…``.
-        wall_s: the wall clock, in seconds.
+        wall_s: the wall clock, in seconds; ages are better not measured by one that jumps.
     """
 
-    def __init__(self, url: str, wall_s: Callable[[], float] = time.time) -> None:
+    def __init__(self, url: str, wall_s: Callable[[], float] = steady_s) -> None:
         self._url = url
         self._wall_s = wall_s
         self._opened: Engine | None = None
@@ -81,7 +84,7 @@ class Store:
 
     def rollouts(
         self,
-        model: str | None = None,
+        models: Collection[str] | None = None,
         active_only: bool = False,
         before: str | None = None,
         limit: int = PAGE,
@@ -89,22 +92,23 @@ class Store:
         """Newest first.
 
         Args:
-            model: only its own.
+            models: only theirs.
             active_only: only those that have not ended.
-            before: the id of the last one of the page before. InvalidRequest when there is none such.
+            before: the id of the last one of the page before. InvalidRequest when these have none such.
             limit: how many at most.
         """
         columns = tables.rollouts.c
         query = _rollouts().order_by(columns.serial.desc()).limit(limit)
-        if model is not None:
-            query = query.where(columns.model == model)
+        is_theirs = true() if models is None else columns.model.in_(models)
+        query = query.where(is_theirs)
         if active_only:
             query = query.where(columns.is_active)
         with reading(self._engine) as connection:
             if before is not None:
-                serial = connection.scalar(select(columns.serial).where(columns.id == before))
+                last = select(columns.serial).where(columns.id == before, is_theirs)
+                serial = connection.scalar(last)
                 if serial is None:
-                    raise InvalidRequest("before: expected the id of a rollout")
+                    raise InvalidRequest("after: expected the id of a rollout of this list")
                 query = query.where(columns.serial < serial)
             return [RolloutRecord(**row) for row in connection.execute(query).mappings()]
 
@@ -179,7 +183,9 @@ class Store:
         now_s = self._wall_s()
         replays = tables.replays
         with writing(self._engine) as connection:
-            connection.execute(delete(replays).where(replays.c.at_s <= now_s - REPLAY_S))
+            is_over = replays.c.at_s <= now_s - REPLAY_S
+            is_left = (replays.c.status == 0) & (replays.c.at_s <= now_s - UNANSWERED_S)
+            connection.execute(delete(replays).where(is_over | is_left))
             row = (
                 connection.execute(select(replays).where(*_is_replay(actor, key)))
                 .mappings()
@@ -216,17 +222,17 @@ class Store:
         with writing(self._engine) as connection:
             connection.execute(delete(tables.replays).where(tables.replays.c.status == 0))
 
-    def lease(self, name: str, holder: str, ttl_s: float, now_s: float) -> bool:
-        """Take a lease, or hold it longer; whether ``holder`` has it until ``now_s + ttl_s``.
+    def lease(self, name: str, holder: str, ttl_s: float) -> bool:
+        """Take a lease, or hold it longer; whether ``holder`` has it from now on for ``ttl_s``.
 
         Args:
             name: what for.
             holder: who wants it, unique among the processes that share the database.
-            ttl_s: how long.
-            now_s: the wall clock. Clocks that differ by more than ``ttl_s`` make two holders.
+            ttl_s: how long, by the clock of the database, which is the same for all.
         """
         leases = tables.leases
         with writing(self._engine) as connection:
+            now_s = self._database_s(connection)
             row = connection.execute(select(leases).where(leases.c.name == name)).first()
             if row is not None and row.holder != holder and row.until_s > now_s:
                 return False
@@ -241,6 +247,12 @@ class Store:
             leases = tables.leases.c
             is_it = (leases.name == name) & (leases.holder == holder)
             connection.execute(delete(tables.leases).where(is_it))
+
+    def _database_s(self, connection: Connection) -> float:
+        """The clock that all who share the database agree on; those who share a file have one machine."""
+        if connection.dialect.name == "sqlite":
+            return self._wall_s()
+        return float(connection.scalar(select(func.extract("epoch", func.clock_timestamp()))) or 0)
 
     def secret(self, folder: Path) -> bytes:
         """The server's own 32 random bytes: see `secret.server_secret`."""

@@ -6,6 +6,7 @@ import os
 import re
 import select
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -20,6 +21,9 @@ from gateway.store.store import Store
 
 START_DEADLINE_S = 60
 STOP_DEADLINE_S = 60
+
+POLL_S = 0.005
+"""Between two looks at what is waited for, so that looking takes little of the machine."""
 
 LANES = {"fast": {}, "aiohttp": {"GATEWAY_FAST_LANE": "false"}}
 """What the environment has for a server whose plain requests take one lane or the other."""
@@ -101,7 +105,8 @@ class Server:
     def _make_state(self) -> None:
         """A repository that is used for the first time gets an empty database: making one takes a while."""
         folder = self.repository / STATE_FOLDER
-        if self.repository.is_dir() and not folder.exists():
+        is_ours = self.repository.is_dir() and self.repository.stat().st_mode & stat.S_IWUSR
+        if is_ours and not folder.exists():
             folder.mkdir(0o700)
             (folder / "state.db").write_bytes(_empty_state())
 
@@ -199,3 +204,4 @@ def wait_run_time(pid: int, beyond_ns: int, deadline_s: float = STOP_DEADLINE_S)
     deadline = time.monotonic() + deadline_s
     while run_time_ns(pid) < beyond_ns:
         assert time.monotonic() < deadline, f"process {pid} does not compute"
+        time.sleep(POLL_S)

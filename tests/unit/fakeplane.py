@@ -142,8 +142,9 @@ class FakePlane:
     def render_metrics(self) -> bytes:
         return b"# nothing\n"
 
-    def resolve_source(self, path: str) -> Path:
-        if ".." in path:
+    def resolve_source(self, path: str, may_see) -> Path:
+        first = Path(path).parts[0]
+        if ".." in path or (first in self._models and not may_see(first)):
             raise Forbidden("the path is beneath no model root")
         if not (self._folder / path).exists():
             raise InvalidRequest("there is no such file")
@@ -220,12 +221,12 @@ class FakePlane:
     async def plan(self, model, spec):
         return {"would": "do", "canary": spec.canary}
 
-    async def rollouts(self, model, before, limit):
-        newest = list(reversed(self.running.values()))
+    async def rollouts(self, models, before, limit):
+        newest = [r for r in reversed(self.running.values()) if models is None or r.model in models]
         if before is not None:
             at = [each.id for each in newest].index(before)
             newest = newest[at + 1 :]
-        return [each for each in newest if model in (None, each.model)][:limit]
+        return newest[:limit]
 
     async def rollout(self, model, id_):
         found = self.running.get(id_)

@@ -19,13 +19,13 @@ from gateway.admin.auth import (
     Identity,
 )
 from gateway.admin.operations import PREFIX, Answer, Operation
-from gateway.admin.replay import once
-from gateway.errors import Conflict, Forbidden, InvalidRequest
+from gateway.admin.replay import Replays
+from gateway.errors import Conflict, Forbidden, InvalidRequest, Unavailable
 from gateway.security.keys import Role, key_id
 from gateway.security.origin import Site, check_origin, is_loopback
 from gateway.security.sessions import SESSION_S, issue_session, session_key
 from gateway.store.store import AsyncStore, Store
-from tests.unit.fakeplane import SECRET, AdminPort, FakePlane
+from tests.unit.fakeplane import SECRET, AdminPort, FakePlane, FakeStore
 
 MODELS = f"{PREFIX}/models"
 
@@ -123,6 +123,33 @@ async def test_a_key_for_some_models_sees_and_touches_those_alone(port, plane):
     body = {"name": "m0", "base_path": "x"}
     assert (await port.ask("POST", "/v1/models", key, json=body)).status == 403
     assert plane.calls == []
+
+
+async def test_a_key_for_some_models_reads_no_files_of_others(port, plane, tmp_path):
+    for model in ("m0", "m1"):
+        folder = tmp_path / model / "1"
+        folder.mkdir(parents=True)
+        (folder / "model.onnx").write_bytes(b"content")
+    key = plane.add_key("deployer", "m1", "new")
+    version = f"{MODELS}/m1/versions/7"
+    for source in ("m0/1/model.onnx", "m0/1"):
+        assert (await port.ask("PUT", version, key, json={"source": source})).status == 403
+    body = {"name": "new", "base_path": "m0"}
+    assert (await port.ask("POST", "/v1/models", key, json=body)).status == 403
+    body = {"base_path": "m0"}
+    assert (await port.ask("PUT", "/v1/models/m1", key, json=body)).status == 403
+    assert (plane.calls, plane.settings_of) == ([], {})
+    mine = {"source": "m1/1/model.onnx"}
+    assert (await port.ask("PUT", version, key, json=mine)).status == 201
+
+
+async def test_a_page_of_rollouts_is_of_the_models_that_the_key_is_for(port, plane):
+    rollout = {"canary": 2, "steps": [{"weight_bp": 500}]}
+    for model in ("m1", "m0"):
+        await port.ask("POST", f"{MODELS}/{model}/rollouts", json=rollout)
+    key = plane.add_key("viewer", "m1")
+    page = (await port.ask("GET", f"{PREFIX}/rollouts?limit=1", key)).body
+    assert ([each["model"] for each in page["rollouts"]], page["next"]) == (["m1"], None)
 
 
 # Keys
@@ -362,6 +389,34 @@ async def test_what_failed_half_way_is_not_done_again(port, plane, caplog):
     assert caplog.records[-1].message == "a handler failed"
 
 
+class Failing(FakeStore):
+    """A store that gives no answer to some calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fails: set[str] = set()
+
+    async def call(self, method, *args):
+        if method.__name__ in self.fails:
+            raise Unavailable("the state database gives no answer")
+        return await super().call(method, *args)
+
+
+@pytest.mark.parametrize(("match", "status"), [('"2"', 412), ('"3"', 200)])
+async def test_a_key_is_not_stuck_because_the_store_failed(port, plane, match, status):
+    plane.store = store = Failing()
+    headers, path = {"Idempotency-Key": "k"}, f"{MODELS}/m0:unload"
+    store.fails = {"forget", "answered"}
+    first = await port.ask("POST", path, headers=headers, match=match)
+    assert first.status == status
+    assert (await port.ask("POST", path, headers=headers, match='"3"')).status == 503
+    store.fails = set()
+    again = await port.ask("POST", path, headers=headers, match='"3"')
+    assert again.status == 200
+    assert ("Idempotency-Replayed" in again.headers) == (status == 200)
+    assert len(plane.calls) == 1
+
+
 async def test_an_answer_is_kept_although_the_client_has_gone(plane):
     class Request:
         headers = _Headers({"Idempotency-Key": "k"})
@@ -376,11 +431,11 @@ async def test_an_answer_is_kept_although_the_client_has_gone(plane):
         await go.wait()
         return Answer({"done": 1})
 
-    caller = Identity("a", Role.ADMIN)
-    task = asyncio.ensure_future(once(plane.store, Request, caller, b"", act))
+    caller, replays = Identity("a", Role.ADMIN), Replays(plane)
+    task = asyncio.ensure_future(replays.once(Request, caller, b"", act))
     await begun.wait()
     with pytest.raises(Conflict):
-        await once(plane.store, Request, caller, b"", act)
+        await replays.once(Request, caller, b"", act)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

@@ -240,17 +240,38 @@ def test_a_metric_that_is_not_critical_is_only_an_event(outcome: Outcome):
     story.says["errors"] = outcome
     story.look(delta=traffic(10))
     assert story.rollout.step == 1
-    assert ("rollout.verdict" in story.kinds) == (outcome is not NONE)
+    assert ("rollout.verdict" in story.kinds) == (outcome is FAIL)
 
 
-def test_a_verdict_is_noted_when_it_changes():
+def test_a_verdict_is_noted_when_it_is_decided_and_not_when_it_is_lost():
+    story = Story(metrics=[ERRORS | {"critical": False}], limits={"inconclusive": None})
+    said = [NONE, DOUBT, PASS, PASS, DOUBT, PASS, NONE, PASS, FAIL, DOUBT, FAIL, PASS, DOUBT]
+    noted, shown = [], []
+    for outcome in said:
+        story.says["errors"] = outcome
+        story.look(delta=traffic(0, compared=1))
+        noted += [note.numbers["verdicts"]["errors"]["outcome"] for note in story.notes]
+        shown.append(Outcome(story.rollout.verdicts["errors"]["outcome"]))
+    assert noted == ["pass", "fail", "pass"]
+    assert shown == said  # what is shown is the last look
+
+
+def test_the_next_step_is_decided_anew():
     story = Story()
-    story.says["errors"] = DOUBT
     story.look(delta=traffic(1))
     assert story.kinds == ["rollout.verdict"]
+    story.look(delta=traffic(9))
+    assert story.kinds == ["rollout.step"]
     story.look(delta=traffic(1))
-    assert story.kinds == []
-    story.says["errors"] = PASS
+    assert story.kinds == ["rollout.verdict"]
+
+
+def test_a_record_of_before_verdicts_were_noted_by_decision_goes_on():
+    story = Story()
+    story.look(delta=traffic(1))
+    verdicts = {"errors": dict(story.rollout.verdicts["errors"])}
+    del verdicts["errors"]["decided"]
+    story.rollout = replace(story.rollout, verdicts=verdicts)
     story.look(delta=traffic(1))
     assert story.kinds == ["rollout.verdict"]
 
@@ -279,7 +300,7 @@ def test_no_data_ends_when_there_are_some():
         story.tell("resume")
     story.says["errors"] = DOUBT
     assert story.look(delta=traffic(5)) is S.STEPPING
-    assert story.kinds == ["rollout.verdict", "rollout.resumed"]
+    assert story.kinds == ["rollout.resumed"]
 
 
 def test_a_step_without_a_time_has_none_that_is_over_before_its_requests():
@@ -409,7 +430,7 @@ def test_a_gate_is_not_waited_for_when_the_metrics_no_longer_pass():
     story.look(delta=traffic(10), gates={"gate": False})
     story.says["errors"] = DOUBT
     assert story.look(delta=traffic(1)) is S.STEPPING
-    assert story.kinds == ["rollout.verdict", "rollout.resumed"]
+    assert story.kinds == ["rollout.resumed"]
 
 
 def test_data_that_come_end_their_pause_before_a_gate_is_asked():

@@ -31,7 +31,7 @@ from gateway.errors import (
     PreconditionFailed,
     Unavailable,
 )
-from gateway.store import engine, secret, tables
+from gateway.store import engine, migrations, secret, tables
 from gateway.store.changes import (
     AddAudit,
     AddEvent,
@@ -51,7 +51,7 @@ from gateway.store.records import (
     RolloutRecord,
     VersionRecord,
 )
-from gateway.store.store import REPLAY_S, AsyncStore, Store
+from gateway.store.store import REPLAY_S, UNANSWERED_S, AsyncStore, Store
 from tests.system.postgres import postgres_server, postgres_url  # noqa: F401 - fixtures
 
 MODEL = ModelRecord("m", 1, {"shares": [{"version": 1, "weight_bp": 10_000}]}, {"stable": 1})
@@ -264,11 +264,13 @@ def test_rollouts_are_listed_from_the_newest_page_by_page(store):
     assert [each.id for each in store.rollouts()] == ids
     assert [each.id for each in store.rollouts(limit=2)] == ids[:2]
     assert [each.id for each in store.rollouts(before="r5", limit=3)] == ids[2:5]
-    assert [each.id for each in store.rollouts("m1", before="r3")] == ["r1"]
-    assert [each.id for each in store.rollouts("m1", active_only=True)] == ["r5"]
+    assert [each.id for each in store.rollouts({"m1"}, before="r3")] == ["r1"]
+    assert [each.id for each in store.rollouts({"m1"}, active_only=True)] == ["r5"]
+    assert [each.id for each in store.rollouts({"m0", "m1"}, before="r5", limit=3)] == ids[2:5]
     assert store.rollouts(before="r0") == []
-    with pytest.raises(InvalidRequest, match="before"):
-        store.rollouts(before="r9")
+    for models, before in ((None, "r9"), ({"m1"}, "r2")):
+        with pytest.raises(InvalidRequest, match="after"):
+            store.rollouts(models, before=before)
 
 
 # Events and the audit log.
@@ -400,6 +402,18 @@ def test_what_a_crash_left_unanswered_can_be_tried_again(store, open_store):
     assert again.remember("ci", "answered", "aa").status == 200
 
 
+def test_what_nobody_answers_can_be_tried_again_after_a_while(store, clock):
+    store.remember("ci", "begun", "aa")
+    store.remember("ci", "answered", "aa")
+    store.answered("ci", "answered", 200, {})
+    clock.now_s += UNANSWERED_S - 1
+    with pytest.raises(Conflict, match="not answered yet"):
+        store.remember("ci", "begun", "aa")
+    clock.now_s += 1
+    assert store.remember("ci", "begun", "aa") is None
+    assert store.remember("ci", "answered", "aa").status == 200
+
+
 def test_answers_are_forgotten_after_a_day(store, clock):
     store.remember("ci", "k", "aa")
     store.answered("ci", "k", 201, {})
@@ -416,17 +430,16 @@ def test_answers_are_forgotten_after_a_day(store, clock):
 
 def test_a_lease_has_one_holder_at_a_time(store, open_store):
     other = open_store()
-    assert store.lease("lead", "a", ttl_s=10, now_s=100)
-    assert not other.lease("lead", "b", ttl_s=10, now_s=109.9)
-    assert other.lease("judge", "b", ttl_s=10, now_s=100)
-    assert store.lease("lead", "a", ttl_s=10, now_s=109)
-    assert not other.lease("lead", "b", ttl_s=10, now_s=110)
-    assert other.lease("lead", "b", ttl_s=10, now_s=119)
-    assert not store.lease("lead", "a", ttl_s=10, now_s=120)
+    assert store.lease("lead", "a", ttl_s=1000)
+    assert not other.lease("lead", "b", ttl_s=1000)
+    assert other.lease("judge", "b", ttl_s=1000)
+    assert store.lease("lead", "a", ttl_s=-1)  # it is over already
+    assert other.lease("lead", "b", ttl_s=1000)
+    assert not store.lease("lead", "a", ttl_s=1000)
     store.release("lead", "a")
-    assert not store.lease("lead", "a", ttl_s=10, now_s=120)
+    assert not store.lease("lead", "a", ttl_s=1000)
     other.release("lead", "b")
-    assert store.lease("lead", "a", ttl_s=10, now_s=120)
+    assert store.lease("lead", "a", ttl_s=1000)
 
 
 def test_of_many_that_want_a_lease_one_gets_it(open_store):
@@ -436,7 +449,7 @@ def test_of_many_that_want_a_lease_one_gets_it(open_store):
 
     def want(number: int) -> None:
         start.wait(30)
-        if stores[number].lease("lead", str(number), ttl_s=10, now_s=100):
+        if stores[number].lease("lead", str(number), ttl_s=1000):
             won.append(number)
 
     threads = [threading.Thread(target=want, args=(number,)) for number in range(len(stores))]
@@ -451,11 +464,11 @@ def test_of_many_that_want_a_lease_one_gets_it(open_store):
 
 
 def test_the_migrations_make_the_tables_that_the_code_knows(store):
-    context = {"version_table": engine.VERSION_TABLE, "compare_type": True}
+    context = {"version_table": migrations.VERSION_TABLE, "compare_type": True}
     with engine.reading(store._engine) as connection:
         made = MigrationContext.configure(connection, opts=context)
         assert compare_metadata(made, tables.metadata) == []
-        script = ScriptDirectory(str(engine.MIGRATIONS))
+        script = ScriptDirectory(str(migrations.FOLDER))
         assert made.get_current_revision() == script.get_current_head()
 
 
@@ -508,7 +521,7 @@ def test_processes_that_open_a_new_database_at_once_all_do(url, open_store):
 
 
 def test_a_newer_database_is_refused(store, open_store, url):
-    run_sql(url, f"UPDATE {engine.VERSION_TABLE} SET version_num = '9999'")
+    run_sql(url, f"UPDATE {migrations.VERSION_TABLE} SET version_num = '9999'")
     with pytest.raises(ConfigurationError, match="newer gateway") as error:
         open_store()
     assert "\n" not in error.value.message
@@ -656,6 +669,19 @@ def test_a_connection_that_was_lost_is_made_again(postgres_url):  # noqa: F811
     )
     assert store.models() == [MODEL]
     store.close()
+
+
+def test_a_lease_is_timed_by_the_database_whatever_the_clocks_of_gateways_say(postgres_url):  # noqa: F811
+    stores = [Store(postgres_url, lambda now_s=now_s: now_s) for now_s in (0.0, 1e12)]
+    try:
+        for each in stores:
+            each.open()
+        assert stores[0].lease("lead", "a", ttl_s=1000)
+        assert not stores[1].lease("lead", "b", ttl_s=1000)
+        assert stores[0].lease("lead", "a", ttl_s=1000)
+    finally:
+        for each in stores:
+            each.close()
 
 
 # Durability.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
-from gateway.store.engine import VERSION_TABLE
+from gateway.store.migrations import VERSION_TABLE
 from gateway.store.tables import metadata
 
 context.configure(
