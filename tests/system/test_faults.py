@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import time
 
 import aiohttp
 import numpy as np
 import onnx
 import pytest
+import requests
 from onnx import TensorProto, helper
 
-from tests.system.server import Server, command_line
+from tests.system.server import POLL_S, Server, command_line
 
 
 class Progress:
@@ -171,20 +173,21 @@ async def test_a_request_that_hangs_every_worker_is_isolated(tmp_path):
             assert (await ask(session, 7))[0] == 200
 
 
-async def test_a_crash_loop_fails_the_version(make_repository):
-    with Server(make_repository("echo", "mlp16")) as server:
+def test_a_crash_loop_fails_the_version(make_repository):
+    with Server(make_repository("echo", "mlp16")) as server, requests.Session() as session:
         url = f"{server.url}/v2/models/echo"
-        async with aiohttp.ClientSession() as session:
-            for death in range(1, 6):
-                (victim,) = (p for p in server.workers() if "echo/1#0" in command_line(p))
-                logged = len(server.lines)
-                os.kill(victim, signal.SIGKILL)
-                server.wait_for("killed by SIGKILL", after=logged)
-                async with asyncio.timeout(30):  # until the next one is up, or the version is not
-                    while (await session.get(f"{url}/ready")).status != 200 and death < 5:
-                        pass
-            server.wait_for("died 5 times without completing a batch")
-            answer = await session.post(f"{url}/infer", json=echo_request(1))
-            assert answer.status == 503
-            assert "Retry-After" in answer.headers
-            assert (await session.get(f"{server.url}/v2/models/mlp16/ready")).status == 200
+        for death in range(1, 6):
+            (victim,) = (p for p in server.workers() if "echo/1#0" in command_line(p))
+            logged = len(server.lines)
+            os.kill(victim, signal.SIGKILL)
+            server.wait_for("killed by SIGKILL", after=logged)
+            deadline = time.monotonic() + 30  # until the next one is up, or the version is not
+            while session.get(f"{url}/ready", timeout=30).status_code != 200 and death < 5:
+                assert time.monotonic() < deadline
+                time.sleep(POLL_S)
+        server.wait_for("died 5 times without completing a batch")
+        answer = session.post(f"{url}/infer", json=echo_request(1), timeout=30)
+        assert answer.status_code == 503
+        assert "Retry-After" in answer.headers
+        other = session.get(f"{server.url}/v2/models/mlp16/ready", timeout=30)
+        assert other.status_code == 200

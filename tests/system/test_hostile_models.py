@@ -25,7 +25,7 @@ from tests.zoo.hostile_files import good_model
 
 GOOD = "good"
 
-LOAD_TIMEOUT_S = 30
+LOAD_TIMEOUT_S = 12
 """For what never ends; much longer than any other load here takes, which share the machine."""
 
 AT_ONCE = 6

@@ -25,13 +25,14 @@ from tritonclient.utils import InferenceServerException
 
 from tests.system import clients
 from tests.system.clients import DEADLINE_S, error_of, exchange, stopped
-from tests.system.server import Server, wait_gone
+from tests.system.server import POLL_S, Server, wait_gone
 
 X = np.array([[1, 2, 3, 4]], np.float32)
 CONTROL = {"GATEWAY_MODEL_CONTROL": "true"}
+MODELS = ("m", "other")
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def write_version(benchmark_models):
     """Writes a version whose answer is its number times the input, so that each answer names it."""
 
@@ -47,18 +48,59 @@ def write_version(benchmark_models):
 
 
 @pytest.fixture
-def repository(tmp_path, write_version) -> Path:
+def fresh_repository(tmp_path, write_version) -> Path:
     """Two models of one version each, named m and other."""
-    for model in ("m", "other"):
-        write_version(tmp_path / model, 1)
-        configure(tmp_path, model)
+    write_models(tmp_path, write_version)
     return tmp_path
 
 
 @pytest.fixture
-def server(repository):
+def fresh_server(fresh_repository):
+    with Server(fresh_repository, **CONTROL) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory, write_version):
+    repository = tmp_path_factory.mktemp("shared") / "repository"
+    write_models(repository, write_version)
     with Server(repository, **CONTROL) as running:
         yield running
+
+
+@pytest.fixture
+def server(shared_server, write_version):
+    """A server that has just loaded m and other, and knows of nothing else.
+
+    Others have had it before: a model without files is forgotten when it is unloaded.
+    """
+    known = [entry["name"] for entry in index(shared_server)]
+    for folder in shared_server.repository.glob("[!.]*"):
+        shutil.rmtree(folder)
+    for model in known:
+        must(shared_server, "unload", model)
+    assert index(shared_server) == []
+    write_models(shared_server.repository, write_version)
+    for model in MODELS:
+        must(shared_server, "load", model)
+    shared_server.lines.clear()
+    return shared_server
+
+
+@pytest.fixture
+def repository(server) -> Path:
+    return server.repository
+
+
+def write_models(repository: Path, write_version: Callable[[Path, int], Path]) -> None:
+    for model in MODELS:
+        write_version(repository / model, 1)
+        configure(repository, model)
+
+
+def index(server: Server) -> list[dict[str, str]]:
+    """The repository's index, which has what is in it and what was loaded from it."""
+    return requests.post(f"{server.url}/v2/repository/index", timeout=DEADLINE_S).json()
 
 
 def configure(repository: Path, model: str, text: str = "") -> None:
@@ -112,6 +154,7 @@ def until(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + DEADLINE_S
     while not holds():
         assert time.monotonic() < deadline
+        time.sleep(POLL_S)
 
 
 @contextmanager
@@ -200,10 +243,10 @@ def test_the_settings_of_a_loaded_version_stay_until_it_is_unloaded(server, repo
     assert delay_us() == 700
 
 
-def test_a_manual_route_stays_where_it_is(repository, write_version):
-    configure(repository, "m", "promote: manual\n")
-    with Server(repository, **CONTROL) as server:
-        write_version(repository / "m", 2)
+def test_a_manual_route_stays_where_it_is(fresh_repository, write_version):
+    configure(fresh_repository, "m", "promote: manual\n")
+    with Server(fresh_repository, **CONTROL) as server:
+        write_version(fresh_repository / "m", 2)
         must(server, "load")
         assert answering(server) == 1  # not chosen any more, but routed: moved by hand alone
         assert infer(server, 2).status_code == 200
@@ -344,13 +387,13 @@ def test_settings_that_fit_no_message_fail_their_version_alone(server, repositor
     assert answering(server, "long") == 1
 
 
-def test_at_the_start_they_fail_their_version_alone_too(repository):
-    configure(repository, "other", TOO_LONG)
-    with Server(repository, "--no-exit-on-error") as server:
+def test_at_the_start_they_fail_their_version_alone_too(fresh_repository):
+    configure(fresh_repository, "other", TOO_LONG)
+    with Server(fresh_repository, "--no-exit-on-error") as server:
         assert answering(server) == 1
         assert states(server, "other") == {"1": "END"}
         assert any("its settings are too long" in line for line in server.lines)
-    server = Server(repository)
+    server = Server(fresh_repository)
     server.launch()
     assert server.process.wait(DEADLINE_S) == 1
 
@@ -434,8 +477,8 @@ def test_a_body_that_is_still_coming_in_is_in_flight(server, repository, write_v
     assert states(server) == {"2": "AVAILABLE", "1": "END"}
 
 
-def test_unload_ends_what_does_not_finish(repository):
-    with Server(repository, GATEWAY_DRAIN_TIMEOUT_S="0.5", **CONTROL) as server:
+def test_unload_ends_what_does_not_finish(fresh_repository):
+    with Server(fresh_repository, GATEWAY_DRAIN_TIMEOUT_S="0.5", **CONTROL) as server:
         worker = clients.worker_of(server, "m")
         with stopped_until_gone(worker), meanwhile(lambda: infer(server)) as (asked,):
             until(lambda: depth(server) == 1)
@@ -504,18 +547,21 @@ def test_a_killed_front_end_stops_no_operation_and_the_next_knows_the_outcome(
     assert states(server) == {"2": "END", "1": "END"}
 
 
-def test_without_a_supervisor_models_stay_as_they_are(server):
-    with meanwhile(lambda: control(server, "unload")) as (asked,), stopped_until_gone(server.pid):
-        os.kill(server.pid, signal.SIGKILL)
-        server.process.wait(10)
+def test_without_a_supervisor_models_stay_as_they_are(fresh_server):
+    with (
+        meanwhile(lambda: control(fresh_server, "unload")) as (asked,),
+        stopped_until_gone(fresh_server.pid),
+    ):
+        os.kill(fresh_server.pid, signal.SIGKILL)
+        fresh_server.process.wait(10)
     answer = asked.result()
     assert answer.status_code in (200, 503)  # it may have been carried out first
-    assert "supervisor" in refusal(control(server, "load", "other"), 503)
-    assert answering(server, "other") == 1
+    assert "supervisor" in refusal(control(fresh_server, "load", "other"), 503)
+    assert answering(fresh_server, "other") == 1
 
 
-def test_shutdown_answers_operations_that_wait(repository):
-    with Server(repository, GATEWAY_DRAIN_TIMEOUT_S="0.5", **CONTROL) as server:
+def test_shutdown_answers_operations_that_wait(fresh_repository):
+    with Server(fresh_repository, GATEWAY_DRAIN_TIMEOUT_S="0.5", **CONTROL) as server:
         worker = clients.worker_of(server, "m")
         with stopped_until_gone(worker), meanwhile(lambda: infer(server)) as (asked,):
             until(lambda: depth(server) == 1)
@@ -530,18 +576,20 @@ def test_shutdown_answers_operations_that_wait(repository):
 # What is left behind
 
 
-def test_loading_and_unloading_leaves_no_memory_or_descriptors_behind(server):
-    (frontend,) = server.frontends()
+def test_loading_and_unloading_leaves_no_memory_or_descriptors_behind(fresh_server):
+    (frontend,) = fresh_server.frontends()
 
     def cycle() -> None:
-        must(server, "load")
-        assert answering(server) == 1
-        must(server, "unload")
+        must(fresh_server, "load")
+        assert answering(fresh_server) == 1
+        must(fresh_server, "unload")
 
     def held() -> dict[int, tuple[int, int]]:
-        return {pid: (resident_bytes(pid), descriptors(pid)) for pid in (server.pid, frontend)}
+        return {
+            pid: (resident_bytes(pid), descriptors(pid)) for pid in (fresh_server.pid, frontend)
+        }
 
-    must(server, "unload", "other")
+    must(fresh_server, "unload", "other")
     for _ in range(3):
         cycle()
     before = held()
@@ -553,7 +601,7 @@ def test_loading_and_unloading_leaves_no_memory_or_descriptors_behind(server):
         )  # our connection's end takes a moment
         assert resident_bytes(pid) - nbytes < 5 << 20
     assert "memfd:gateway" not in Path(f"/proc/{frontend}/maps").read_text()
-    assert "memfd:gateway" not in Path(f"/proc/{server.pid}/maps").read_text()
+    assert "memfd:gateway" not in Path(f"/proc/{fresh_server.pid}/maps").read_text()
 
 
 def descriptors(pid: int) -> int:

@@ -37,9 +37,11 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
 @pytest.mark.timeout(600)
 def test_the_wheel_serves_outside_the_repository(wheel, digits_repository, tmp_path):
     environment = tmp_path / "environment"
-    subprocess.run([sys.executable, "-m", "venv", str(environment)], check=True, timeout=120)
+    make = [sys.executable, "-m", "venv", "--without-pip", str(environment)]
+    subprocess.run(make, check=True, timeout=120)
     python = str(environment / "bin" / "python")
-    install = [python, "-m", "pip", "install", "--quiet", f"{wheel}[cpu]"]
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    install = [*pip, "install", "--quiet", "--no-compile", f"{wheel}[cpu]"]
     subprocess.run(install, check=True, capture_output=True, timeout=500)
     outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     where = subprocess.run(
