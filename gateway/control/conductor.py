@@ -103,7 +103,7 @@ class Conductor:
         for rollout in rollouts:
             self._leads[rollout.model] = _Lead(rollout, Asking(self._settings))
             if (model := self._models.get(rollout.model)) is not None:
-                model.claimed = _claims(rollout)
+                model.claimed, model.standby = _claims(rollout), standby_of(rollout)
 
     def start(self) -> None:
         """Begin to lead: the front ends are there."""
@@ -224,6 +224,12 @@ class Conductor:
         model = self._models.get(rollout.model)
         _check_revision(model, revision)
         step = self._machine.command(rollout, verb, steady_s(), by)
+        if verb in ("promote", "promote_full") and step.rollout is not rollout:
+            canary = None if model is None else model.versions.get(rollout.canary)
+            if canary is None or not canary.ready_seats():
+                raise Conflict(
+                    f"version {rollout.canary} cannot answer now: promote it once it is READY again"
+                )
         if verb == "retry" and step.rollout.is_active:
             route = None if model is None else model.route
             if route is None or route.main != rollout.stable:
@@ -370,7 +376,8 @@ class Conductor:
                     await self._publish()
                 raise
             lead.owed = None
-            lead.rollout, model.claimed = rollout, _claims(rollout)
+            lead.rollout = rollout
+            model.claimed, model.standby = _claims(rollout), standby_of(rollout)
             is_routed_anew = (record.route, record.labels) != (
                 model.record.route,
                 model.record.labels,
@@ -429,6 +436,11 @@ def _labels(labels: Mapping[str, int], rollout: Rollout) -> dict[str, int]:
     elif held.get(CANARY) == rollout.canary:
         del held[CANARY]
     return held
+
+
+def standby_of(rollout: Rollout) -> int | None:
+    """The version that answers while a rollout's route leads to one that cannot yet."""
+    return rollout.stable if rollout.is_active else None
 
 
 def _claims(rollout: Rollout) -> frozenset[int]:

@@ -51,6 +51,8 @@ class ModelSupervision:
         """Versions that are loaded (True) or not (False) whatever the version policy says."""
         self.claimed: frozenset[int] = frozenset()
         """Versions that a rollout needs."""
+        self.standby: int | None = None
+        """The version that an active rollout is to replace: it answers while its successor cannot."""
         self.deferred: frozenset[int] = frozenset()
         """Versions that `prepare` leaves to somebody else."""
         self.lock = asyncio.Lock()
@@ -70,9 +72,10 @@ class ModelSupervision:
     def route(self) -> ModelRoute | None:
         """Who answers requests that name no version; None while nobody can.
 
-        A route that was set by hand or by a rollout holds while its main version is READY. Else ``promote:
-        latest`` leads to the newest version that is READY; ``manual`` to the one it stays on, and nowhere
-        while that is not READY: no other gets traffic by its misfortune.
+        A route that was set by hand or by a rollout holds while its main version is READY; while a rollout's
+        is not, as after a restart, the version that it replaces answers. Without a route ``promote: latest``
+        leads to the newest version that is READY; ``manual`` to the one it stays on, and nowhere while that
+        is not READY: no other gets traffic by its misfortune.
         """
         ready = {
             version.number
@@ -80,7 +83,9 @@ class ModelSupervision:
             if version.state is VersionState.READY and version.number not in self._held_back
         }
         if (decided := self.decided) is not None:
-            return decided if decided.main in ready else None
+            if decided.main in ready:
+                return decided
+            return ModelRoute.to(self.standby) if self.standby in ready else None
         if self._promote == "manual":
             ready &= {self._pinned}
         return ModelRoute.to(routed_version(ready, self._promote)) if ready else None

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from gateway.clock import wall_s
 from gateway.control.catalogue import Catalogue
-from gateway.control.conductor import Conductor
+from gateway.control.conductor import Conductor, standby_of
 from gateway.control.counting import sample
 from gateway.control.journal import Journal
 from gateway.control.keyring import Keyring
@@ -111,10 +111,10 @@ class ControlPlane:
             for version in self.catalogue.of(model.name)
             if version.is_wanted is not None
         }
+        active = [rollout for rollout in self._active if rollout.model == model.name]
+        model.standby = next(map(standby_of, active), None)
         # Its canary is loaded when the rollout goes on: a bad one must not end the server's start.
-        model.deferred = frozenset(
-            rollout.canary for rollout in self._active if rollout.model == model.name
-        )
+        model.deferred = frozenset(rollout.canary for rollout in active)
 
     async def start(self) -> None:
         """Go on with what was active, if this gateway is the one to lead: front ends are there."""

@@ -14,7 +14,9 @@ from gateway.control.version import VersionObserver
 from gateway.errors import ConfigurationError, InvalidRequest, NotFound, Unavailable
 from gateway.serving.channel import MessageTooLarge
 from gateway.serving.routes import VersionState
+from gateway.serving.routing import ModelRoute
 from gateway.settings import ModelSettings, ServerSettings
+from gateway.store.records import ModelRecord
 from gateway.store.store import AsyncStore, Store
 
 
@@ -179,6 +181,20 @@ async def test_a_manual_route_whose_version_fails_leads_nowhere(world):
     await world.load(1, 2, promote="manual")  # 1 is not chosen any more
     assert world.route == 2
     assert world.states == {1: "UNLOADED", 2: "READY"}
+
+
+async def test_the_version_that_is_to_be_replaced_answers_while_its_successor_cannot(world):
+    Version.bad = frozenset({2})
+    with pytest.raises(InvalidRequest):
+        await world.load(1, 2, version_policy="all")
+    world.model.record = ModelRecord("m", route=ModelRoute.to(2).to_wire())
+    assert world.route is None  # by hand: it leads to no other
+    world.model.standby = 1
+    assert world.route == 1
+    Version.bad = frozenset()
+    await world.model.unload_version(2)
+    await world.load(1, 2, version_policy="all")
+    assert world.route == 2
 
 
 async def test_unload_ends_all_and_leaves_the_failed_too(world):
